@@ -1,0 +1,113 @@
+"""The pictures of one sample: opened, degraded where training wants it, and cut into tiles.
+
+Everything random here is a function of names and a seed, so that the same record gives the same
+pixels in any process and in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cascadevl.data.image import draw_quality, jpeg_degrade, open_image
+from cascadevl.data.tiling import TilingConfig, tile_image
+from cascadevl.data.video import frame_parts, read_frames
+from cascadevl.types import ImageRef, Message, Part, VideoRef
+
+
+def generator_for(seed: int, *names: str | int) -> np.random.Generator:
+    """A random generator that depends on its arguments alone, in every process and version.
+
+    Args:
+        seed: The run's seed.
+        names: What it is for, such as data set, record id, epoch and purpose.
+    """
+    key = "\x1f".join(str(name) for name in (seed, *names))
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Whose random draws these are.
+
+    Attributes:
+        seed: The run's seed.
+        names: Data set, record id and epoch.
+    """
+
+    seed: int
+    names: tuple[str | int, ...]
+
+    def generator(self, *purpose: str | int) -> np.random.Generator:
+        """The generator for one purpose, independent of those for others.
+
+        Args:
+            *purpose: What is drawn, and for which picture.
+        """
+        return generator_for(self.seed, *self.names, *purpose)
+
+
+@dataclass(slots=True)
+class Pictures:
+    """Opens the pictures of one sample, in the order they are shown.
+
+    Attributes:
+        tiling: Limits of each picture of this sample.
+        source: Named in errors.
+        augment: Whether pictures, but never frames of a video, are degraded by JPEG compression.
+        num_frames: Fewest and most frames of a video.
+        draw: None at inference, where nothing is random and a video shows the most frames.
+        tiles: Tiles of the pictures shown so far.
+    """
+
+    tiling: TilingConfig
+    source: str
+    augment: bool
+    num_frames: tuple[int, int]
+    draw: Draw | None
+    tiles: list[UInt8[np.ndarray, "_ px px 3"]] = field(default_factory=list)
+
+    def show(self, message: Message) -> Message:
+        """Tile the pictures of a turn.
+
+        Args:
+            message: The turn.
+
+        Returns:
+            The turn with its videos taken apart into frames.
+
+        Raises:
+            DataError: If a picture or video cannot be used.
+        """
+        parts: list[Part] = []
+        for part in message.parts:
+            if isinstance(part, ImageRef):
+                self._add_image(part)
+                parts.append(part)
+            elif isinstance(part, VideoRef):
+                parts += self._add_video(part)
+            else:
+                parts.append(part)
+        return replace(message, parts=tuple(parts))
+
+    def _add_image(self, ref: ImageRef) -> None:
+        image = open_image(ref, source=self.source)
+        if self.augment and self.draw is not None:
+            image = jpeg_degrade(image, draw_quality(self.draw.generator("jpeg", len(self.tiles))))
+        self.tiles.append(tile_image(image, self.tiling))
+
+    def _add_video(self, video: VideoRef) -> tuple[Part, ...]:
+        """Frames as released training shows them: one tile each, one line each."""
+        frames = read_frames(
+            video,
+            num_frames=self.num_frames,
+            generator=self.draw.generator("frames", len(self.tiles)) if self.draw else None,
+            source=self.source,
+        )
+        whole = replace(self.tiling, min_tiles=1, max_tiles=1, thumbnail=False)
+        self.tiles += [tile_image(frame, whole) for frame in frames]
+        return frame_parts(frames)
