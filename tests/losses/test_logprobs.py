@@ -1,0 +1,55 @@
+"""Log-probabilities of given tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.reference import next_token_by_hand
+
+from cascadevl.losses.logprobs import token_logprobs
+
+
+def test_equal_those_by_hand() -> None:
+    logits = torch.randn(6, 11, generator=torch.Generator().manual_seed(0)) * 4
+    ids = torch.tensor([0, 10, 3, 3, 7, 1])
+    wanted = [
+        next_token_by_hand.logprob(row, token)
+        for row, token in zip(logits.tolist(), ids.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(token_logprobs(logits, ids), torch.tensor(wanted))
+
+
+def test_any_leading_shape() -> None:
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([[0, 1, 2], [4, 3, 0]])
+    flat = token_logprobs(logits.flatten(0, 1), ids.flatten())
+    assert torch.equal(token_logprobs(logits, ids), flat.view(2, 3))
+
+
+def test_bfloat16_logits_are_normalised_in_float32() -> None:
+    logits = (torch.randn(4, 1000, generator=torch.Generator().manual_seed(2)) * 3).bfloat16()
+    ids = torch.tensor([5, 50, 500, 999])
+    found = token_logprobs(logits, ids)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, token_logprobs(logits.float(), ids))
+    in_bfloat16 = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1).float()
+    assert (found - in_bfloat16).abs().max() > 1e-3
+
+
+def test_large_scores_do_not_overflow() -> None:
+    logits = torch.tensor([[1e4, 0.0], [0.0, -1e4]])
+    assert token_logprobs(logits, torch.tensor([1, 0])).tolist() == [-1e4, 0.0]
+
+
+def test_a_token_outside_the_vocabulary_is_an_error() -> None:
+    # cross_entropy would take -100 for "ignore" and return 0 for it
+    with pytest.raises(RuntimeError):
+        token_logprobs(torch.zeros(1, 4), torch.tensor([-100]))
+
+
+def test_gradient() -> None:
+    logits = torch.randn(
+        3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True
+    )
+    ids = torch.tensor([2, 6, 0])
+    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, ids), logits)
