@@ -1,0 +1,1 @@
+"""The model: vision and language halves, positions, attention, loading and conversion."""

@@ -1,0 +1,180 @@
+"""One `load` for every released format, and `save` for our own.
+
+A model is built empty and given the tensors of its files, so that no more memory is needed than
+the model itself takes. Weights keep the type they have in the files; the rotary frequencies are
+computed in float32, whatever the weights are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+
+from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.errors import CheckpointError
+from cascadevl.model.checkpoint import (
+    HEAD,
+    OBSTACLE_KEY,
+    Checkpoint,
+    configuration,
+    open_checkpoint,
+)
+from cascadevl.model.checkpoint_names import Layout, fuse_experts, split_experts, through
+from cascadevl.model.config_files import Json
+from cascadevl.model.configuration import CascadeVLConfig
+from cascadevl.model.conversion import write_checkpoint
+from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.model.repository_files import adopt_settings, generation_config, load_processor
+from cascadevl.model.tensor_files import MAX_SHARD_BYTES, new_folder
+from cascadevl.model.zoo import ZOO
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    device: torch.device | str = "cpu",
+) -> tuple[CascadeVLForConditionalGeneration, CascadeVLProcessor]:
+    """Open a checkpoint of any released format, or one of ours.
+
+    A stored output head is honoured even where the configuration calls it tied; it is tied to
+    the token embedding only if there is none.
+
+    Args:
+        name_or_path: A folder; or the name of a repository that was downloaded before, for
+            example ``"OpenGVLab/InternVL3_5-1B"``; or a name of `cascadevl.model.zoo.ZOO`.
+        dtype: Type of the weights; ``"auto"`` keeps what the files hold.
+        device: Where the weights go.
+
+    Returns:
+        The model, in evaluation mode, and its processor.
+
+    Raises:
+        CheckpointError: If it is not there, of no known format, broken, or its tensors do not
+            fit its configuration.
+    """
+    checkpoint = open_checkpoint(find(name_or_path))
+    config = configuration(checkpoint)
+    processor = load_processor(checkpoint.path)
+    adopt_settings(config, processor)
+    model = _filled(config, checkpoint, dtype, torch.device(device))
+    model.generation_config = generation_config(checkpoint.path, processor, config)
+    return model, processor
+
+
+def find(name_or_path: str | Path) -> Path:
+    """The folder of a checkpoint, in the file system or in the local Hugging Face cache.
+
+    Nothing is downloaded.
+
+    Raises:
+        CheckpointError: If there is none; says how to get it.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    released = {known.lower(): model.hub_id for known, model in ZOO.items()}
+    repository = released.get(name.lower(), name)
+    try:
+        return Path(snapshot_download(repository, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        how = f"; download it first: hf download {repository}" if "/" in repository else ""
+        raise CheckpointError(
+            f"{name!r} is neither a folder nor a repository in the local Hugging Face cache{how}"
+        ) from error
+
+
+def save(
+    model: CascadeVLForConditionalGeneration,
+    processor: CascadeVLProcessor,
+    path: str | Path,
+    *,
+    layout: Layout = "hf",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a checkpoint: the -HF layout plus our own keys in config.json.
+
+    It opens in plain transformers. Where that would compute something else (pixel shuffle v1, an
+    increment other than 1), config.json says so under ``cascadevl_requires``, and names our class
+    as its architecture, which other programs refuse instead of giving wrong answers.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        path: Folder to make; may exist if it is empty. It appears complete or not at all.
+        layout: ``"hf"``, or another for the tools that want it.
+        max_shard_bytes: Largest size of a file of weights.
+
+    Raises:
+        CheckpointError: If the folder exists and is not empty.
+    """
+    state: dict[str, Tensor] = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        state.pop(HEAD, None)
+    recipes = split_experts({name: tuple(tensor.shape) for name, tensor in state.items()})
+    outlines = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    with new_folder(Path(path)) as folder:
+        write_checkpoint(
+            folder,
+            names=recipes,
+            read=through(lambda name: state[name].detach().cpu(), recipes),
+            outline=through(outlines.__getitem__, recipes),
+            config=_config_json(model),
+            processor=processor,
+            generation=generation_config(None, processor, model.config),
+            layout=layout,
+            max_shard_bytes=max_shard_bytes,
+        )
+
+
+def _filled(
+    config: CascadeVLConfig,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | Literal["auto"],
+    device: torch.device,
+) -> CascadeVLForConditionalGeneration:
+    # Only parameters are left empty: buffers (rotary frequencies) are in no file and are computed.
+    with init_empty_weights(include_buffers=False):
+        model = CascadeVLForConditionalGeneration(config)
+    recipes = fuse_experts(checkpoint.recipes)
+    read = through(checkpoint.read, recipes)
+    state = {name: _placed(read(name), dtype, device) for name in recipes}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    assert not unexpected, unexpected
+    assert set(missing) <= ({HEAD} if config.tie_word_embeddings else set()), missing
+    model.tie_weights()
+    torch.nn.Module.to(model, device)  # the buffers, which were in no file
+    model.train(False)
+    return model
+
+
+def _placed(tensor: Tensor, dtype: torch.dtype | Literal["auto"], device: torch.device) -> Tensor:
+    target = dtype if dtype != "auto" and tensor.is_floating_point() else tensor.dtype
+    # A copy even where nothing changes: the tensor is a window on its file, and a checkpoint
+    # that is replaced later must not change, or end, a model that is running.
+    return tensor.to(device=device, dtype=target, copy=True)
+
+
+def _config_json(model: CascadeVLForConditionalGeneration) -> Json:
+    config: Json = model.config.to_dict()
+    text = config["text_config"]
+    rope = dict(text.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # what transformers before 5 reads; 5 reads rope_parameters
+        text["rope_theta"] = rope.pop("rope_theta")
+        text["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    obstacle = model.config.plain_transformers_obstacle
+    architecture = "InternVLForConditionalGeneration" if obstacle is None else type(model).__name__
+    config |= {
+        "architectures": [architecture],
+        "model_type": "internvl",
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        OBSTACLE_KEY: obstacle,
+    }
+    return {key: value for key, value in config.items() if key != OBSTACLE_KEY or obstacle}
