@@ -1,0 +1,1 @@
+"""Answer checking and metrics: pure functions of strings and numbers."""

@@ -1,0 +1,25 @@
+"""What can be asked and checked: seeded examples with answers from material that others made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cascadevl.tasks.base import Task
+from cascadevl.tasks.charts import Charts
+from cascadevl.tasks.easy_vqa import EasyVQA
+from cascadevl.tasks.grounding import Grounding
+from cascadevl.tasks.handwriting import Handwriting
+from cascadevl.tasks.printed import Printed
+from cascadevl.tasks.shapes import Shapes
+from cascadevl.tasks.text import Text
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "charts": Charts,
+    "easy_vqa": EasyVQA,
+    "grounding": Grounding,
+    "handwriting": Handwriting,
+    "printed": Printed,
+    "shapes": Shapes,
+    "text": Text,
+}
+"""Every family by its name; call one with ``px=``, ``num_questions=`` and its own settings."""

@@ -1,0 +1,141 @@
+"""Handwritten numbers are where and what they are said to be, and test scans stay unseen."""
+
+from __future__ import annotations
+
+import numpy as np
+import PIL.Image
+import pytest
+from sklearn.datasets import load_digits
+
+from cascadevl.tasks import handwriting
+from cascadevl.tasks.handwriting import LEVELS, Handwriting, draw_number, load_scans, render_rows
+
+
+def test_parts_are_disjoint_stratified_and_complete() -> None:
+    train, test = load_scans("train"), load_scans("test")
+    assert not set(train.indices.tolist()) & set(test.indices.tolist())
+    assert len(train.indices) + len(test.indices) == 1797
+    for digit in range(10):
+        share = len(test.by_class[digit]) / (len(test.by_class[digit]) + len(train.by_class[digit]))
+        assert share == pytest.approx(0.2, abs=0.005)
+
+
+def test_no_test_scan_equals_a_training_scan() -> None:
+    train = {image.tobytes() for image in load_scans("train").images}
+    assert not any(image.tobytes() in train for image in load_scans("test").images)
+
+
+def test_scans_are_labelled_as_the_data_set_says() -> None:
+    data = load_digits()
+    for split in ("train", "test"):
+        scans = load_scans(split)
+        for digit, members in enumerate(scans.by_class):
+            assert (data.target[scans.indices[list(members)]] == digit).all()
+    assert (load_scans("test").images[0] // 16 == data.images[load_scans("test").indices[0]]).any()
+
+
+@pytest.mark.parametrize("difficulty", sorted(LEVELS))
+@pytest.mark.parametrize("px", [112, 224])
+def test_digits_stand_where_said_and_nowhere_else(difficulty: str, px: int) -> None:
+    level, scans = LEVELS[difficulty], load_scans("test")
+    for seed in range(15):
+        generator = np.random.default_rng([7, seed])
+        rows = [draw_number(generator, level.num_digits) for _ in range(level.num_rows)]
+        image, placed = render_rows(generator, rows, level, scans, px)
+        pixels = np.asarray(image, dtype=np.float64)
+        ink = np.abs(pixels - pixels[0, 0]).sum(axis=2) > 60
+        assert [str(digit.digit) for digit in placed] == list("".join(rows))
+        covered = np.zeros_like(ink)
+        for digit in placed:
+            left, top, right, bottom = digit.box_px
+            assert 0 <= left < right <= px
+            assert 0 <= top < bottom <= px
+            assert not covered[top:bottom, left:right].any()  # digits do not overlap
+            covered[top:bottom, left:right] = True
+            assert digit.scan in scans.by_class[digit.digit]
+            assert looks_like(ink[top:bottom, left:right], scans.images[digit.scan])
+        assert not ink[~covered].any()
+
+
+def looks_like(ink: np.ndarray, scan: np.ndarray) -> bool:
+    """Whether drawn ink, reduced again to the scan's columns, correlates with the scan."""
+    columns = np.flatnonzero(scan.max(axis=0) >= 48)
+    cut = scan[:, columns[0] : columns[-1] + 1].astype(np.float64)
+    drawn = PIL.Image.fromarray((ink * 255).astype(np.uint8))
+    reduced = np.asarray(drawn.resize(cut.shape[::-1], PIL.Image.Resampling.BOX), dtype=np.float64)
+    if cut.std() < 1 or reduced.std() < 1:
+        return bool(ink.any())
+    return bool(np.corrcoef(cut.ravel(), reduced.ravel())[0, 1] > 0.6)
+
+
+def test_digits_are_large_enough_to_learn_from() -> None:
+    """The demo's difficulties keep digits at 40 px or more in a 112 px picture."""
+    for difficulty in ("one", "two"):
+        level = LEVELS[difficulty]
+        heights = []
+        for seed in range(150):
+            generator = np.random.default_rng(seed)
+            rows = [draw_number(generator, level.num_digits)]
+            _, placed = render_rows(generator, rows, level, load_scans("train"), 112)
+            heights += [digit.box_px[3] - digit.box_px[1] for digit in placed]
+        assert min(heights) >= 40
+
+
+def test_numbers_have_uniform_lengths_and_no_leading_zero() -> None:
+    generator = np.random.default_rng(0)
+    numbers = [draw_number(generator, (1, 4)) for _ in range(2000)]
+    shares = np.bincount([len(number) for number in numbers], minlength=5)[1:] / len(numbers)
+    assert shares == pytest.approx([0.25] * 4, abs=0.04)
+    assert not any(number[0] == "0" and len(number) > 1 for number in numbers)
+    assert any(number == "0" for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "answer", "reasoning"),
+    [
+        ("number", ["407"], "407", None),
+        ("first_digit", ["407"], "4", None),
+        ("last_digit", ["407"], "7", None),
+        ("num_digits", ["407"], "3", None),
+        ("largest_digit", ["407"], "7", None),
+        ("parity", ["407"], "no", None),
+        ("parity", ["40"], "yes", None),
+        ("digit_sum", ["407"], "11", "4 + 0 = 4, 4 + 7 = 11"),
+        ("digit_sum", ["4"], "4", None),
+        ("upper", ["12", "90"], "12", None),
+        ("lower", ["12", "90"], "90", None),
+        ("larger", ["9", "12"], "12", None),
+        ("addition", ["7", "5"], "12", "7 + 5 = 12"),
+    ],
+)
+def test_answers_by_hand(kind: str, rows: list[str], answer: str, reasoning: str | None) -> None:
+    question = handwriting.ask(np.random.default_rng(0), kind, rows, 1)
+    assert (question.answer, question.reasoning) == (answer, reasoning)
+
+
+def test_comparisons_are_true_and_balanced() -> None:
+    answers = []
+    for seed in range(600):
+        generator = np.random.default_rng(seed)
+        row = draw_number(generator, (1, 1))
+        question = handwriting.ask(generator, "compare", [row], 1)
+        bound = int(question.prompt.removesuffix("?").split()[-1])
+        assert question.answer == ("yes" if int(row) > bound else "no")
+        answers.append(question.answer)
+    assert answers.count("yes") / len(answers) == pytest.approx(0.5, abs=0.06)
+
+
+def test_held_out_scans_are_drawn_for_test() -> None:
+    """The pictures of the two parts differ even for the very same numbers and places."""
+    level = LEVELS["one"]
+    left, right = (
+        render_rows(np.random.default_rng(1), ["8"], level, load_scans(split), 112)[1][0]
+        for split in ("train", "test")
+    )
+    scans = {split: load_scans(split).indices for split in ("train", "test")}
+    assert scans["train"][left.scan] != scans["test"][right.scan]
+
+
+def test_a_row_of_four_fits() -> None:
+    task = Handwriting(difficulty="four", px=112)
+    assert any(len(task.draw("train", 0, i).description.split("digits")[1]) > 8 for i in range(20))
