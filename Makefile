@@ -1,0 +1,70 @@
+# Everything a developer or CI runs. `make` alone lists it; CI calls the same targets (.ci/run).
+# `make PYTHON=/path/to/python3.12 setup` chooses the Python; otherwise the first one that fits.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test test-slow bench demo nano docs clean
+
+BIN := .venv/bin
+STAMP := .venv/.setup-stamp
+OUT ?= runs/demo
+# Two workers with one thread each: more threads than cores make torch wait for itself.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## build .venv with everything for development (needs only python3, 3.11 or newer)
+
+$(STAMP): pyproject.toml constraints.txt
+	@set -eu; \
+	found=""; \
+	for python in $${PYTHON:-python3 python3.13 python3.12 python3.11}; do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			found="$$python"; break; \
+		fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo "error: no Python 3.11 or newer among: $${PYTHON:-python3 python3.13 python3.12 python3.11}" >&2; \
+		echo "Install one, or name one: make setup PYTHON=/path/to/python3.12" >&2; \
+		exit 1; \
+	fi; \
+	if ! "$$found" -c 'import ensurepip, venv' 2>/dev/null; then \
+		echo "error: $$found has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
+		exit 1; \
+	fi; \
+	if [ ! -x $(BIN)/python ]; then \
+		echo "making .venv with $$("$$found" --version)"; \
+		"$$found" -m venv .venv; \
+	fi
+	@# torch first and alone, so that the build on hand for this machine (CPU or CUDA) is taken.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve]'
+	@touch $@
+
+check: $(STAMP) ## style, types and import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(STAMP) ## the tests, without the slow ones: minutes, no network, no GPU
+	$(ONE_THREAD) $(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile
+
+test-slow: $(STAMP) ## the slow tests
+	$(BIN)/pytest -m "slow and not gpu"
+
+bench: $(STAMP) ## every benchmark, one after the other; wants a quiet machine
+	@set -eu; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+demo: $(STAMP) ## train the nano model from scratch and write runs/demo/report.html (OUT=folder)
+	$(BIN)/cascadevl demo --out $(OUT)
+
+nano: demo ## the same as demo
+
+docs: $(STAMP) ## check that links, the paper map and the commands of the documents hold
+	$(BIN)/pytest -q tests/test_docs.py tests/test_paper_map.py
+
+clean: ## remove caches and build files; .venv and runs stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf src/*.egg-info
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,200 @@
+"""``cascadevl chat MODEL``: ask a model about pictures, in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from cascadevl.cli.arguments import Subparsers, positive_int
+from cascadevl.errors import CascadeVLError, RequestError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cascadevl.types import Message
+
+Answerer: TypeAlias = Callable[["Sequence[Message]"], Iterator[str]]
+"""Streams the answer to a conversation."""
+
+HELP = "/image FILE adds a picture to the next question, /reset starts anew, /quit ends"
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Describe the command."""
+    parser = subparsers.add_parser(
+        "chat",
+        help="ask a model about pictures",
+        description=f"Talk with a model. In the conversation: {HELP}.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, or a released name")
+    parser.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture for the first question; may be given several times",
+    )
+    parser.add_argument("--question", metavar="TEXT", help="ask this one thing and stop")
+    parser.add_argument("--system", metavar="TEXT", help="system message, instead of the model's")
+    parser.add_argument(
+        "--thinking", choices=("on", "off"), help="whether to reason first (default: the model's)"
+    )
+    parser.add_argument("--max-new-tokens", type=positive_int, default=1024, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the model and talk."""
+    for file in args.image:
+        _check_file(file)
+
+    from rich.console import Console
+
+    import cascadevl
+    from cascadevl.model.generation import stream
+
+    console = Console()
+    with Console(stderr=True).status(f"loading {args.model}"):
+        model, processor = cascadevl.load(args.model, device=args.device)
+    thinking = {"on": True, "off": False, None: None}[args.thinking]
+
+    def answerer(messages: Sequence[Message]) -> Iterator[str]:
+        return stream(
+            model,
+            processor,
+            messages,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            thinking=thinking,
+        )
+
+    chat = Chat(answerer, console, system=args.system, images=list(args.image))
+    if args.question is not None:
+        chat.ask(args.question)
+        return 0
+    console.print(HELP, style="dim", highlight=False)
+    chat.talk(lambda: console.input("[bold cyan]you>[/] "))
+    return 0
+
+
+@dataclass(slots=True)
+class Chat:
+    """One conversation in the terminal.
+
+    Attributes:
+        answerer: Streams the answer to a conversation.
+        console: Where answers are printed.
+        system: System message, if not the model's own.
+        images: Pictures of the next question.
+        messages: The conversation so far.
+    """
+
+    answerer: Answerer
+    console: Console
+    system: str | None = None
+    images: list[Path] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+
+    def talk(self, read: Callable[[], str]) -> None:
+        """Read commands and questions until ``/quit`` or the end of the input.
+
+        Args:
+            read: Gives the next line; raises EOFError at the end.
+        """
+        while True:
+            try:
+                line = read().strip()
+            except EOFError:
+                return
+            command, _, rest = line.partition(" ")
+            if command == "/quit":
+                return
+            try:
+                self._obey(command, rest.strip(), line)
+            except CascadeVLError as error:
+                self._note(f"error: {error}", "red")
+
+    def ask(self, question: str) -> None:
+        """Stream the answer to a question; the conversation grows only if it comes to an end.
+
+        Args:
+            question: Asked about the pictures added since the last one.
+
+        Raises:
+            CascadeVLError: If the model cannot be asked so.
+        """
+        from cascadevl.types import Message
+
+        start = list(self.messages)
+        if not start and self.system is not None:
+            start.append(Message.of("system", self.system))
+        start.append(user_message(question, self.images))
+        answer: list[str] = []
+        for piece in self.answerer(start):
+            self.console.print(
+                piece, end="", markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
+            answer.append(piece)
+        self.console.print()
+        self.messages = [*start, Message.of("assistant", "".join(answer))]
+        self.images = []
+
+    def _obey(self, command: str, argument: str, line: str) -> None:
+        if command == "/image":
+            file = Path(argument).expanduser()
+            _check_file(file)
+            self.images.append(file)
+            self._note(f"{len(self.images)} picture(s) for the next question", "dim")
+        elif command == "/reset":
+            self.messages, self.images = [], []
+            self._note("a new conversation", "dim")
+        elif command.startswith("/"):
+            raise RequestError(f"there is no command {command}; {HELP}")
+        elif line:
+            self._ask_until_interrupted(line)
+
+    def _ask_until_interrupted(self, question: str) -> None:
+        """Ctrl-C ends an answer, not the conversation."""
+        try:
+            self.ask(question)
+        except KeyboardInterrupt:
+            self._note("\nstopped; the question is not part of the conversation", "dim")
+
+    def _note(self, text: str, style: str) -> None:
+        self.console.print(text, style=style, markup=False, highlight=False)
+
+
+def user_message(question: str, images: Sequence[Path]) -> Message:
+    """A question with its pictures, written as in the released conversation data.
+
+    One picture stands on a line before the question; several are numbered.
+
+    Args:
+        question: The text.
+        images: The pictures, in order.
+    """
+    from cascadevl.types import ImageRef, Message, Part
+
+    parts: list[Part] = []
+    for number, file in enumerate(images, start=1):
+        if len(images) > 1:
+            parts.append(f"Image-{number}: ")
+        parts += [ImageRef(file), "\n"]
+    return Message("user", (*parts, question))
+
+
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        raise RequestError(f"there is no picture {file}")

@@ -1,0 +1,236 @@
+"""``cascadevl train {pretrain,sft}``: a training run from a YAML file and overrides."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cascadevl.cli.arguments import Subparsers
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from cascadevl.train.config import TrainConfig
+    from cascadevl.workflows.dry_run import SeenSample
+
+NUM_SAMPLES = 3
+STOPPED = 1
+
+STAGES = {
+    "pretrain": "native multimodal pre-training: all text of a sample is learned",
+    "sft": "supervised fine-tuning: only answers are learned",
+}
+_OWN_OPTIONS = ("--help", "--model", "--data", "--out", "--resume", "--print_config", "--dry-run")
+_EPILOG = (
+    "Any key of the configuration can be given as --key.sub value, for example --optim.lr 5e-6, "
+    "and overrides the files; --print_config shows all keys."
+)
+
+
+class StageParser(argparse.ArgumentParser):
+    """Takes its own options and leaves ``--key.sub value`` to the configuration."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Parse as argparse does, with the overrides set apart first."""
+        own, overrides = split_words(args or ())
+        namespace, rest = super().parse_known_args(own, namespace)
+        namespace.overrides = overrides
+        return namespace, rest
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the words of a command line into the command's own and overrides of configuration keys.
+
+    Args:
+        words: Everything after the stage's name.
+    """
+    own: list[str] = []
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, _ = word.partition("=")
+        if not name.startswith("--") or name in _OWN_OPTIONS:
+            own.append(word)
+            continue
+        overrides.append(word)
+        if not equals and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return own, overrides
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Describe the command and its stages."""
+    parser = subparsers.add_parser(
+        "train", help="train a model", description="Train a model: choose a stage."
+    )
+    stages = parser.add_subparsers(
+        title="stages", metavar="STAGE", required=True, parser_class=StageParser
+    )
+    for stage, description in STAGES.items():
+        _add_options(
+            stages.add_parser(
+                stage,
+                help=description,
+                description=description.capitalize() + ".",
+                epilog=_EPILOG,
+                usage=f"cascadevl train {stage} [CONFIG.yaml ...] [options] [--key.sub value ...]",
+                allow_abbrev=False,
+            ),
+            stage,
+        )
+
+
+def _add_options(parser: argparse.ArgumentParser, stage: str) -> None:
+    parser.add_argument(
+        "configs",
+        nargs="*",
+        type=Path,
+        metavar="CONFIG.yaml",
+        help="configuration files; a later one changes single keys of an earlier one",
+    )
+    parser.add_argument("--model", metavar="DIR", help="model to start from (model.path)")
+    parser.add_argument(
+        "--data",
+        metavar="META.json",
+        action="append",
+        help="meta file that lists data sets (data.meta); may be given several times",
+    )
+    parser.add_argument("--out", metavar="DIR", help="run folder (run.out)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run folder's last checkpoint"
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the whole configuration and stop"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help=f"print the first {NUM_SAMPLES} samples as the model will see them and stop",
+    )
+    parser.set_defaults(run=run, stage=stage)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or show what would be trained on."""
+    from cascadevl.config import dump_config
+
+    config = read_config(args)
+    if args.print_config:
+        print(dump_config(config), end="")
+        return 0
+    if args.dry_run:
+        return _dry_run(config)
+    return _train(args.stage, config)
+
+
+def read_config(args: argparse.Namespace) -> TrainConfig:
+    """The run's configuration: files, then the short options, then the overrides."""
+    from cascadevl.config import load_config
+    from cascadevl.train.config import TrainConfig
+
+    short = []
+    if args.model is not None:
+        # A model to start from replaces a preset that a file names.
+        short += [f"model.path={args.model}", "model.preset=null"]
+    if args.data:
+        short.append(f"data.meta={list(args.data)}")
+    if args.out is not None:
+        short.append(f"run.out={args.out}")
+    if args.resume:
+        short.append("run.resume=true")
+    return load_config(TrainConfig, files=args.configs, overrides=[*short, *args.overrides])
+
+
+def _train(stage: str, config: TrainConfig) -> int:
+    from cascadevl.train.pretrain import pretrain
+    from cascadevl.train.sft import sft
+
+    recipe = {"pretrain": pretrain, "sft": sft}[stage]
+    result = recipe(config)
+    for (dataset, kind), count in sorted(result.skipped.items()):
+        print(f"left out: {count} x {kind} of {dataset}", file=sys.stderr)
+    if not result.finished:
+        print(f"stopped after step {result.steps}; go on with --resume", file=sys.stderr)
+        return STOPPED
+    print(f"{result.steps} steps, loss {result.loss:.4f}; the model is in {result.model_path}")
+    return 0
+
+
+def _dry_run(config: TrainConfig) -> int:
+    from rich.console import Console
+
+    from cascadevl.errors import DataError
+    from cascadevl.workflows.dry_run import MAX_DRAWS, first_samples
+
+    console = Console()
+    num_seen = 0
+    for sample in first_samples(config, NUM_SAMPLES):
+        if isinstance(sample, DataError):
+            console.print(f"left out: {sample}\n", style="red", markup=False, highlight=False)
+            continue
+        num_seen += 1
+        print_sample(num_seen, sample, console)
+    if not num_seen:
+        raise DataError(
+            f"none of the first {MAX_DRAWS} records drawn can be used",
+            kind="no_sample",
+            remedy="run `cascadevl data check` on the meta file",
+        )
+    return 0
+
+
+def print_sample(number: int, sample: SeenSample, console: Console) -> None:
+    """Print one sample: its sizes, its images, and its text with the trained parts marked.
+
+    Args:
+        number: Counted from 1.
+        sample: The sample.
+        console: Where to print.
+    """
+    console.rule(f"sample {number}: {sample.source} ({sample.dataset})")
+    console.print(
+        f"{sample.num_tokens:,} tokens, {sample.num_trained:,} of them trained; "
+        f"positions 0 to {sample.last_position:g}",
+        highlight=False,
+    )
+    for index, image in enumerate(sample.images, start=1):
+        console.print(
+            f"image {index}: {image.num_tiles} tiles, {image.num_tokens:,} visual tokens, "
+            f"increment {image.increment:g}, positions {image.first_position:g} to "
+            f"{image.last_position:g}",
+            highlight=False,
+        )
+    console.print(marked_text(sample), soft_wrap=True)
+
+
+def marked_text(sample: SeenSample) -> Text:
+    """The text with trained stretches in green between ⟦ and ⟧, and slots with their sizes.
+
+    Args:
+        sample: The sample.
+    """
+    from rich.text import Text
+
+    from cascadevl.data.conversation import IMAGE_CONTEXT
+
+    text, images, segment = Text(), iter(sample.images), 0
+    for span in sample.spans:
+        if span.segment != segment:
+            segment = span.segment
+            text.append(f"\n── branch {segment} ──\n", style="bold blue")
+        if span.trained:
+            text.append(f"⟦{span.text}⟧", style="bold green")
+            continue
+        first, *others = span.text.split(IMAGE_CONTEXT)
+        text.append(first, style="dim")
+        for other in others:
+            text.append(f"{IMAGE_CONTEXT} x {next(images).num_tokens}", style="bold magenta")
+            text.append(other, style="dim")
+    return text

@@ -1,0 +1,75 @@
+"""``cascadevl zoo``: every released size, and what it is made of."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from cascadevl.cli.arguments import Subparsers
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Describe the command."""
+    parser = subparsers.add_parser(
+        "zoo",
+        help="list every released size with its parts",
+        description="List every released size with its vision encoder, language model and "
+        "parameters; or, with a NAME, show one in detail.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="for example InternVL3.5-8B")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, or one row of it in full."""
+    from rich.console import Console
+
+    if args.name is None:
+        _print_all(Console())
+    else:
+        _print_one(args.name, Console())
+    return 0
+
+
+def _print_all(console: Console) -> None:
+    from rich.table import Table
+
+    from cascadevl.model.zoo import ZOO
+
+    table = Table("name", "vision", "language model", box=None, pad_edge=False)
+    table.add_column("parameters", justify="right")
+    table.add_column("active", justify="right")
+    for model in ZOO.values():
+        active = f"{model.active_billion:g} B" if model.active_billion else ""
+        table.add_row(
+            model.name, model.vision, model.language, f"{model.report_billion:g} B", active
+        )
+    console.print(table)
+
+
+def _print_one(name: str, console: Console) -> None:
+    from rich.table import Table
+
+    from cascadevl.model.zoo import ZOO, config_for
+
+    config = config_for(name)  # an unknown name ends here, naming the nearest
+    model = next(model for model in ZOO.values() if model.name.lower() == name.lower())
+    vision, text = config.vision_config, config.text_config
+    active = f", {model.active_billion:g} B of them for a token" if model.active_billion else ""
+    table = Table(title=model.name, title_justify="left", show_header=False, box=None)
+    rows = {
+        "parameters": f"{model.report_billion:g} B{active}",
+        "vision": f"{model.vision}: {vision.num_hidden_layers} x {vision.hidden_size}",
+        "language model": f"{model.language}: {text.num_hidden_layers} x {text.hidden_size}, "
+        f"vocabulary {text.vocab_size:,}",
+        "template": model.template,
+        "context": f"{text.max_position_embeddings:,} tokens",
+        "repository": model.hub_id,
+        "further ones": " ".join(model.suffixes),
+    }
+    for heading, value in rows.items():
+        table.add_row(heading, value)
+    console.print(table, highlight=False)

@@ -1,0 +1,1 @@
+"""Measuring a responder on tasks, with intervals and reports."""

@@ -1,0 +1,211 @@
+"""One self-contained HTML page: scores with intervals and chance, curves, pictures with answers.
+
+Everything is inlined, so the page can be opened from disk, mailed, or kept with a run.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import PIL.Image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from cascadevl.eval.runner import Answered, Score
+from cascadevl.scoring.metrics import Estimate
+
+PICTURE_PX = 224
+"""Width at which small pictures are embedded; browsers blur them less from there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageScores:
+    """What a suite gave at one point of the training.
+
+    Attributes:
+        name: For example "after SFT".
+        scores: One a row; the same rows in the same order at every stage.
+    """
+
+    name: str
+    scores: Sequence[Score]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """Values over steps.
+
+    Attributes:
+        name: Label of the line.
+        steps: Where it was measured.
+        values: What was measured.
+    """
+
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """A picture of some curves.
+
+    Attributes:
+        title: Heading.
+        curves: The lines.
+        y_label: What the values are.
+        note: A sentence below.
+        marks: Steps at which a stage ends.
+        smooth: Values averaged for a line; the raw ones stay visible behind it.
+    """
+
+    title: str
+    curves: Sequence[Curve]
+    y_label: str
+    note: str = ""
+    marks: Sequence[int] = ()
+    smooth: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Report:
+    """What goes on the page.
+
+    Attributes:
+        title: Heading.
+        lead: A few sentences below it.
+        stages: Scores, in the order of training; the last one's answers are shown as pictures.
+        plots: Curves.
+        facts: Names and values about the run.
+        commands: What a reader can type next.
+        num_pictures: Pictures shown of each row.
+    """
+
+    title: str
+    lead: str
+    stages: Sequence[StageScores]
+    plots: Sequence[Plot] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    commands: str = ""
+    num_pictures: int = 5
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Render the page and write it to ``path``.
+
+    Raises:
+        ValueError: If the stages do not score the same rows.
+    """
+    rows = [score.row for score in report.stages[0].scores]
+    for stage in report.stages:
+        if [score.row for score in stage.scores] != rows:
+            raise ValueError(f"stage {stage.name!r} scores other rows than {rows}")
+    source = files("cascadevl").joinpath("assets/report.html.jinja").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    last = report.stages[-1].scores
+    page = environment.from_string(source).render(
+        title=report.title,
+        lead=report.lead,
+        stages=report.stages,
+        rows=[_table_row(number, report.stages) for number in range(len(rows))],
+        plots=[
+            {"title": plot.title, "note": plot.note, "png": _encoded(draw(plot))}
+            for plot in report.plots
+        ],
+        galleries=[
+            {
+                "title": f"Answers: {score.row}",
+                "cards": [_card(each) for each in _shown(score, report.num_pictures)],
+            }
+            for score in last
+        ],
+        facts=list(report.facts.items()),
+        commands=report.commands,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, "utf-8")
+
+
+def percent(estimate: Estimate) -> tuple[str, str]:
+    """A share and its interval as percent, for people."""
+    return f"{100 * estimate.value:.1f}", f"{100 * estimate.low:.0f} to {100 * estimate.high:.0f}"
+
+
+def draw(plot: Plot) -> bytes:
+    """The curves as a PNG."""
+    figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for curve in plot.curves:
+        steps, values = np.asarray(curve.steps), np.asarray(curve.values, dtype=np.float64)
+        if plot.smooth > 1 and len(values) > plot.smooth:
+            (raw,) = axes.plot(steps, values, linewidth=0.7, alpha=0.25)
+            kernel = np.ones(plot.smooth) / plot.smooth
+            centre = plot.smooth // 2
+            steps = steps[centre : centre + len(values) - plot.smooth + 1]
+            values = np.convolve(values, kernel, mode="valid")
+            axes.plot(steps, values, linewidth=1.8, color=raw.get_color(), label=curve.name)
+        else:
+            axes.plot(steps, values, linewidth=1.8, marker="o", markersize=3.5, label=curve.name)
+    for mark in plot.marks:
+        axes.axvline(mark, color="0.6", linewidth=1, linestyle="--")
+    axes.set(xlabel="step", ylabel=plot.y_label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(plot.curves) > 1:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _table_row(number: int, stages: Sequence[StageScores]) -> dict[str, object]:
+    scores = [stage.scores[number] for stage in stages]
+    cells = []
+    for score in scores:
+        value, interval = percent(score.estimate)
+        cells.append({"value": value, "interval": interval})
+    baseline = scores[0].baseline
+    return {
+        "name": scores[0].row,
+        "num": scores[0].estimate.num,
+        "baseline": f"{100 * baseline.share:.1f}",
+        "baseline_answer": baseline.answer,
+        "cells": cells,
+    }
+
+
+def _shown(score: Score, count: int) -> list[Answered]:
+    """The first answers, and at least one mistake where there is one: no hand-picked pictures."""
+    shown = list(score.answered[:count])
+    mistake = next((each for each in score.answered if not each.right), None)
+    if mistake is not None and shown and all(each.right for each in shown):
+        shown[-1] = mistake
+    return shown
+
+
+def _card(answered: Answered) -> dict[str, object]:
+    question = answered.asked.question
+    image = answered.asked.scene.image or PIL.Image.new("RGB", (PICTURE_PX, 24), "white")
+    height = round(image.height * PICTURE_PX / image.width)
+    buffer = io.BytesIO()
+    image.resize((PICTURE_PX, height), PIL.Image.Resampling.BICUBIC).save(buffer, format="png")
+    return {
+        "png": _encoded(buffer.getvalue()),
+        "row": answered.asked.row,
+        "question": question.prompt,
+        "response": answered.response,
+        "right": answered.right,
+        "truth": question.answer,
+    }
+
+
+def _encoded(png: bytes) -> str:
+    return base64.b64encode(png).decode("ascii")

@@ -1,0 +1,139 @@
+"""The configuration of a training run: one frozen dataclass, filled from YAML and overrides.
+
+What configures one part stands beside that part (`OptimConfig`, `RunConfig`); here are the
+sections that several parts read, and the whole. Defaults are the values of the released
+InternVL3.5 SFT scripts for Qwen3 language models, unless a comment names another source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cascadevl.errors import ConfigError
+from cascadevl.losses.next_token import Averaging
+from cascadevl.train.loop import RunConfig
+from cascadevl.train.optim import Module, OptimConfig
+
+FREE_KEYS = (
+    "run.out",
+    "run.resume",
+    "run.log_interval",
+    "run.eval_interval",
+    "run.checkpoint_interval",
+    "run.keep_last",
+    "run.compile",
+    "data.prefetch",
+)
+"""Keys in which a resumed run may differ: they do not change what is learned from what."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """What is trained.
+
+    Attributes:
+        path: A model folder or name to start from; None if a preset is built from scratch.
+        preset: A small shape to build with random weights.
+        tokenizer: Folder of the preset's tokenizer, where the caller gives none.
+        precision: Of the weights; bfloat16 weights are updated through float32 masters.
+        frozen: Parts that stay as they are.
+        drop_path: Rate at which the vision tower's blocks are skipped; None keeps the model's.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping
+            them (on in all released scripts).
+    """
+
+    path: str | None = None
+    preset: Literal["nano", "micro"] | None = None
+    tokenizer: Path | None = None
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    frozen: tuple[Module, ...] = ()  # InternVL3's second SFT froze the vision tower
+    drop_path: float | None = None  # 0 for 1B to 4B, 0.1 for 8B to 30B, 0.4 for 38B and 241B
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse two starting points."""
+        if self.path is not None and self.preset is not None:
+            raise ConfigError(
+                f"model.path is {self.path!r} and model.preset {self.preset!r}; give one of them"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What it is trained on, and how records become examples.
+
+    Attributes:
+        meta: Meta files that list data sets; unused where a recipe is given sources in code.
+        max_tokens: Longer samples are left out and counted.
+        max_tiles: Most tiles an image; None for the model's own limit.
+        jpeg: Degrade every picture by random JPEG compression, not only those of data sets
+            whose meta file says so.
+        increment: Position step of visual tokens (V2PE); ``"random"`` draws one for each image.
+        min_frames: Fewest frames drawn from a video.
+        max_frames: Most frames drawn from a video.
+        max_skipped_share: Share of unusable records beyond which the run stops.
+        prefetch: Batches made ahead in a thread; 0 makes them when they are needed.
+    """
+
+    meta: tuple[Path, ...] = ()
+    max_tokens: int = 32768  # 16384 in InternVL3's second SFT
+    max_tiles: int | None = None
+    jpeg: bool = True  # InternVL3.5 report, pre-training and SFT
+    increment: float | Literal["random"] = 1.0  # "random" in InternVL3's pre-training
+    min_frames: int = 8
+    max_frames: int = 32
+    max_skipped_share: float = 0.5
+    prefetch: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """How samples share rows and rows share a micro-batch.
+
+    Attributes:
+        packing: ``fill`` packs rows up to a number of tokens and tiles; ``count`` puts a fixed
+            number of samples in a row.
+        rows: Rows of a micro-batch.
+        row_tokens: Most tokens of a row under ``fill``.
+        row_tiles: Most tiles of a row under ``fill``.
+        buffer_rows: Rows kept open under ``fill``.
+        row_samples: Samples of a row under ``count``.
+        averaging: How the weight of a token falls with the length of its answer.
+    """
+
+    packing: Literal["fill", "count"] = "fill"
+    rows: int = 1
+    row_tokens: int = 32768
+    row_tiles: int = 96
+    buffer_rows: int = 20
+    row_samples: int = 1
+    averaging: Averaging = "square"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A whole run of pre-training or SFT.
+
+    Attributes:
+        model: What is trained.
+        data: On what.
+        batch: How samples share rows and batches.
+        optim: How weights are updated.
+        run: How long, and what is left where.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON values, to be kept in checkpoints and compared on resuming."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return values

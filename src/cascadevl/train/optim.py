@@ -1,0 +1,311 @@
+"""The optimiser: float32 masters, decay rules, AdamW and Muon behind one object; the schedule.
+
+bfloat16 keeps 8 bits of a weight, so an update smaller than 1/256 of it would be lost: the
+optimiser therefore owns float32 copies ("masters") of weights that are not float32, collects
+every micro-batch's gradient there in float32, and writes the rounded result back after a step.
+A float32 model is its own master. The state is handed out as named tensors, never as pickles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cascadevl.errors import ConfigError, TrainingError
+
+Module = Literal["vision", "projector", "language"]
+
+UNDECAYED = ("cls_token", "mask_token", "position_embeddings")
+"""Last parts of the names of parameters with two or more axes that are not decayed all the same."""
+
+HIDDEN_PATHS = ("vision_tower.encoder.", "multi_modal_projector.", "language_model.layers.")
+"""Where a matrix counts as hidden, and so is Muon's when it is the chosen optimiser."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """How weights are updated.
+
+    Attributes:
+        name: ``adamw``, or ``muon`` for the hidden matrices with AdamW for everything else.
+        lr: Peak learning rate.
+        muon_lr: Peak learning rate of the matrices under Muon; None takes ``lr``. Muon's update
+            is scaled to the size of AdamW's, so that one value serves both.
+        betas: Averaging of AdamW's two moments.
+        eps: AdamW's epsilon.
+        momentum: Muon's momentum.
+        newton_schulz_steps: Iterations with which Muon evens out the singular values.
+        weight_decay: Decoupled decay of matrices; norms, biases, layer scales, class token and
+            position embeddings are never decayed.
+        schedule: What follows the warm-up: cosine to ``min_lr_ratio``, constant, or constant
+            with a linear fall at the end (``wsd``).
+        warmup_ratio: Share of the steps in which the rate rises linearly.
+        decay_ratio: Share of the steps in which ``wsd`` falls.
+        min_lr_ratio: Where cosine and ``wsd`` end, as a share of the peak.
+        max_grad_norm: The gradient is scaled down to this length; 0 leaves it alone.
+        vision_lr_scale: Factor on the rate of the vision tower.
+        projector_lr_scale: Factor on the rate of the projector.
+        language_lr_scale: Factor on the rate of the language model and its head.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 8e-5  # InternVL3.5 SFT scripts; 2e-5 for 241B and for the GPT-OSS pre-training
+    muon_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)  # released scripts, all stages
+    eps: float = 1e-8  # released scripts, all stages
+    momentum: float = 0.95  # torch.optim.Muon's own default
+    newton_schulz_steps: int = 5  # torch.optim.Muon's own default
+    weight_decay: float = 0.05  # released scripts, all stages
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # released scripts, all stages
+    warmup_ratio: float = 0.03  # released scripts, all stages
+    decay_ratio: float = 0.2
+    min_lr_ratio: float = 0.0
+    max_grad_norm: float = 1.0  # released scripts: "auto", which is 1.0
+    vision_lr_scale: float = 1.0
+    projector_lr_scale: float = 1.0
+    language_lr_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train anything."""
+        if not self.lr > 0 or (self.muon_lr is not None and not self.muon_lr > 0):
+            raise ConfigError(
+                f"optim.lr is {self.lr}, optim.muon_lr {self.muon_lr}; use positive ones"
+            )
+        for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"optim.{name} is {getattr(self, name)}; it is a share, 0 to 1")
+        if self.max_grad_norm < 0:
+            raise ConfigError(f"optim.max_grad_norm is {self.max_grad_norm}; use 0 for no clipping")
+
+
+def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Share of the peak learning rate that update number ``step`` (from 0) uses.
+
+    The first update of a warm-up of n steps uses 1/n of the peak, never 0; the first one after
+    it uses the peak.
+    """
+    warmup = math.ceil(config.warmup_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    floor = config.min_lr_ratio
+    if config.schedule == "cosine":
+        progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "wsd":
+        fall = max(1, math.ceil(config.decay_ratio * num_steps))
+        return floor + (1 - floor) * min(1.0, max(0.0, (num_steps - step) / fall))
+    return 1.0
+
+
+def module_of(name: str) -> Module:
+    """The part of the model that a parameter belongs to, by its name."""
+    if "vision_tower." in name:
+        return "vision"
+    return "projector" if "multi_modal_projector." in name else "language"
+
+
+def is_decayed(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices and embeddings of words, to nothing else."""
+    last = name.rsplit(".", 1)[-1]
+    return parameter.ndim >= 2 and last not in UNDECAYED and not last.endswith("bias")
+
+
+def is_muon_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon takes the parameter: a two-axis weight inside a block or the projector."""
+    return (
+        parameter.ndim == 2
+        and any(path in name for path in HIDDEN_PATHS)
+        and is_decayed(name, parameter)
+    )
+
+
+class Optimiser:
+    """AdamW, alone or beside Muon, on float32 masters of a model's trainable parameters.
+
+    A parameter without a gradient counts as one with a gradient of zero. So a step without
+    pictures treats the vision tower as any number of ranks would, of which only some had none.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> None:
+        """Build masters and groups.
+
+        Args:
+            parameters: Named parameters; frozen ones (``requires_grad`` off) are left out.
+            config: The settings.
+
+        Raises:
+            ConfigError: If nothing is trainable.
+        """
+        self.config = config
+        self.parameters = {name: p for name, p in parameters if p.requires_grad}
+        if not self.parameters:
+            raise ConfigError("every part of the model is frozen; leave at least one trainable")
+        self.masters = {name: _master(p) for name, p in self.parameters.items()}
+        muon = {
+            name
+            for name, master in self.masters.items()
+            if config.name == "muon" and is_muon_matrix(name, master)
+        }
+        rest = [name for name in self.masters if name not in muon]
+        self._inner: list[torch.optim.Optimizer] = []
+        if rest:
+            fused = all(self.masters[name].device.type in ("cpu", "cuda") for name in rest)
+            self._inner.append(
+                torch.optim.AdamW(
+                    self._groups(rest, config.lr), betas=config.betas, eps=config.eps, fused=fused
+                )
+            )
+        if muon:
+            self._inner.append(
+                torch.optim.Muon(
+                    self._groups(sorted(muon), config.muon_lr or config.lr),
+                    momentum=config.momentum,
+                    ns_steps=config.newton_schulz_steps,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+
+    def _groups(self, names: list[str], lr: float) -> list[dict[str, object]]:
+        """Parameter groups of one inner optimiser, by module and by decay."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name in names:
+            scale: float = getattr(self.config, f"{module_of(name)}_lr_scale")
+            decay = self.config.weight_decay if is_decayed(name, self.parameters[name]) else 0.0
+            groups.setdefault((lr * scale, decay), []).append(self.masters[name])
+        return [
+            {"params": params, "lr": peak, "peak_lr": peak, "weight_decay": decay}
+            for (peak, decay), params in groups.items()
+        ]
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add the gradients of the backward pass just done to the masters, in float32."""
+        moved = [
+            (self.masters[name], parameter)
+            for name, parameter in self.parameters.items()
+            if self.masters[name] is not parameter and parameter.grad is not None
+        ]
+        for master, parameter in moved:
+            assert parameter.grad is not None
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """The float32 gradient of every trainable parameter, in order; zeros where none came."""
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self.masters.values() if master.grad is not None]
+
+    def clip(self) -> Tensor:
+        """Scale the whole gradient down to ``max_grad_norm``; returns its length before that."""
+        gradients = self.gradients()
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.masters.values(), self.config.max_grad_norm, norm
+            )
+        return norm
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """Update the masters at ``factor`` times the peak rates, and the model from them."""
+        self.gradients()
+        for inner in self._inner:
+            for group in inner.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            inner.step()
+        self._publish()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = None
+            self.masters[name].grad = None
+
+    def _publish(self) -> None:
+        """Round the masters into the model's weights."""
+        pairs = [(p, self.masters[n]) for n, p in self.parameters.items()]
+        pairs = [(p, master) for p, master in pairs if master is not p]
+        if pairs:
+            torch._foreach_copy_([p for p, _ in pairs], [master for _, master in pairs])
+
+    def _states(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+        """Every master with its name and the inner optimiser that updates it."""
+        owner = {
+            id(p): inner
+            for inner in self._inner
+            for group in inner.param_groups
+            for p in group["params"]
+        }
+        for name, master in self.masters.items():
+            yield name, master, owner[id(master)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masters and moments under names ``parameter.key``; all of it, and tensors only."""
+        tensors: dict[str, Tensor] = {}
+        for name, master, inner in self._states():
+            if master is not self.parameters[name]:
+                tensors[f"{name}.master"] = master.detach()
+            for key, value in inner.state.get(master, {}).items():
+                tensors[f"{name}.{key}"] = value.detach()
+        return tensors
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a state made by `state_dict`.
+
+        Raises:
+            TrainingError: If it belongs to other parameters or another optimiser.
+        """
+        left = dict(tensors)
+        for name, master, inner in self._states():
+            if master is not self.parameters[name]:
+                if f"{name}.master" not in left:
+                    raise TrainingError(
+                        f"the optimiser state has no float32 copy of {name}; it was "
+                        "saved by a run of another precision or with other frozen parts"
+                    )
+                master.copy_(left.pop(f"{name}.master"))
+            keys = {"momentum_buffer"} if isinstance(inner, torch.optim.Muon) else _ADAMW_KEYS
+            found = {key: left.pop(f"{name}.{key}") for key in keys if f"{name}.{key}" in left}
+            if found and set(found) != keys:
+                raise TrainingError(f"the optimiser state of {name} has {sorted(found)} only")
+            for key, value in found.items():
+                inner.state[master][key] = value.to(master.device, copy=True)
+        if left:
+            raise TrainingError(
+                f"the optimiser state holds {len(left)} tensors of no trainable parameter, the "
+                f"first is {min(left)}; resume with the model, freezing and optimiser it was "
+                "saved with"
+            )
+        self._publish()
+
+
+_ADAMW_KEYS = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """The float32 copy that the optimiser updates; the parameter itself if it is float32."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    return nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+
+
+def set_precision(model: nn.Module, precision: Literal["float32", "bfloat16"]) -> None:
+    """Cast a model's parameters, and its parameters only.
+
+    ``Module.to`` would also round buffers, among them the rotary frequencies, with which
+    fractional positions are computed in float32.
+    """
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,114 @@
+"""From sources to the stream of batches a recipe trains on.
+
+What a model was built with (template, tile size, tokens a tile) comes from its processor; what a
+run chooses (limits, augmentation, packing) from its configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from cascadevl.data.example import ExampleBuilder, ExampleConfig
+from cascadevl.data.mixture import Mixture, WeightedSource
+from cascadevl.data.packing import FixedRows, Packer
+from cascadevl.data.prefetch import Prefetcher
+from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.data.records import JsonlSource, read_meta
+from cascadevl.data.stream import BatchStream, CollateConfig, StreamConfig
+from cascadevl.errors import ConfigError
+from cascadevl.model.configuration import CascadeVLConfig
+from cascadevl.train.config import BatchConfig, DataConfig, TrainConfig
+from cascadevl.types import Example
+
+
+def sources_of_meta(paths: Sequence[Path]) -> list[WeightedSource]:
+    """The data sets of some meta files, each drawn as often as it has records.
+
+    Raises:
+        ConfigError: If there is no meta file.
+        DataError: If a meta file or an annotation cannot be read.
+    """
+    if not paths:
+        raise ConfigError(
+            "there is nothing to train on; name a meta file with --data.meta '[meta.json]'"
+        )
+    specs = [spec for path in paths for spec in read_meta(path)]
+    return [WeightedSource(source=JsonlSource(spec)) for spec in specs]
+
+
+def example_config(data: DataConfig, processor: CascadeVLProcessor, seed: int) -> ExampleConfig:
+    """How records become examples for a model, in a run."""
+    tiling = processor.tiling
+    if data.max_tiles is not None:
+        tiling = replace(
+            tiling, max_tiles=data.max_tiles, min_tiles=min(tiling.min_tiles, data.max_tiles)
+        )
+    return ExampleConfig(
+        template=processor.template.name,
+        system=processor.system_message,
+        tiling=tiling,
+        max_tokens=data.max_tokens,
+        jpeg=data.jpeg,
+        increment=data.increment,
+        seed=seed,
+        min_frames=data.min_frames,
+        max_frames=data.max_frames,
+    )
+
+
+def row_rule(batch: BatchConfig) -> Packer[Example] | FixedRows[Example]:
+    """The rule by which samples share rows."""
+    if batch.packing == "count":
+        return FixedRows(batch.row_samples)
+    return Packer(batch.row_tokens, batch.row_tiles, batch.buffer_rows)
+
+
+@contextmanager
+def open_stream(
+    sources: Sequence[WeightedSource],
+    processor: CascadeVLProcessor,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    model: CascadeVLConfig,
+) -> Iterator[BatchStream | Prefetcher]:
+    """The batches of one process of a run; what makes them ahead ends with the context.
+
+    Args:
+        sources: What to draw from.
+        processor: The model's processor.
+        config: The run's.
+        accelerator: Knows which process this is.
+        model: The model's configuration.
+    """
+    seed = config.run.seed
+    stream = BatchStream(
+        Mixture(sources, seed),
+        ExampleBuilder(
+            processor.tokenizer,
+            example_config(config.data, processor, seed),
+            processor.tokens_per_tile,
+        ),
+        row_rule(config.batch),
+        CollateConfig(
+            image_token_id=processor.image_token_id,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            tokens_per_tile=processor.tokens_per_tile,
+            averaging=config.batch.averaging,
+            ceil_after_image=model.ceil_after_image,
+        ),
+        StreamConfig(
+            rows_per_batch=config.batch.rows, max_skipped_share=config.data.max_skipped_share
+        ),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    if not config.data.prefetch:
+        yield stream
+        return
+    with Prefetcher(stream, config.data.prefetch) as ahead:
+        yield ahead

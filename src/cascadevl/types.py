@@ -1,0 +1,204 @@
+"""The nouns that travel between the parts: messages, records, examples, batches, features.
+
+They hold data and know nothing of files, models or configurations, so that every layer can
+import them. The flow is ``Record -> Example -> Batch`` in training and ``Message -> Example``
+in inference; the very same `Example` goes to training and to rollouts, so that both see one
+prompt and one tiling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import PIL.Image
+import torch
+from jaxtyping import Bool, Float, Int, Int64, UInt8
+from torch import Tensor
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool", "pretrain"]
+
+NO_PARENT = -1
+"""Parent of a segment that continues nothing."""
+
+PADDING_SEGMENT = -1
+"""Segment of a token that only fills a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image as a message shows it: a file, its bytes, or the picture itself."""
+
+    source: Path | bytes | PIL.Image.Image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoRef:
+    """A video as a message shows it.
+
+    Attributes:
+        source: A video file, a GIF, or a folder of frames.
+        clip_s: Start and end of the part that counts, in seconds; None for the whole.
+    """
+
+    source: Path
+    clip_s: tuple[float, float] | None = None
+
+
+Part: TypeAlias = str | ImageRef | VideoRef
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation: who speaks, and the text and pictures in their order."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, role: Role, *parts: Part) -> Message:
+        """Write ``Message.of("user", image, "What is this?")``."""
+        return cls(role, parts)
+
+    @property
+    def text(self) -> str:
+        """The text alone, without the pictures."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One sample of a data set, checked for form but with its pictures not opened yet.
+
+    Attributes:
+        source: Where it stands, ``file:line``; part of every error about it.
+        record_id: Identity within its data set; augmentation, tiling and increment are
+            functions of (seed, record id, epoch).
+        messages: The turns. Exactly one of role ``pretrain`` for a pre-training sample.
+        branches: Continuations that share ``messages`` as their beginning, each answered on its
+            own: several questions about one picture, a chosen and a rejected answer, a group of
+            rollouts. Empty for an ordinary conversation.
+        dataset: Name of the data set in its meta file.
+        max_tiles: The data set's own limit of tiles an image, or None.
+        augment: Whether images are degraded by random JPEG compression in training.
+    """
+
+    source: str
+    record_id: str
+    messages: tuple[Message, ...]
+    branches: tuple[tuple[Message, ...], ...] = ()
+    dataset: str = ""
+    max_tiles: int | None = None
+    augment: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Example:
+    """One record as the model will see it, but for the number of visual tokens a tile.
+
+    The text holds exactly one image-context token for each image (its slot), between ``<img>``
+    and ``</img>``; `cascadevl.sequence.expand` repeats it once the tokens a tile are known.
+
+    Attributes:
+        source: Place of the record, for errors.
+        record_id: Identity of the record.
+        input_ids: Token ids.
+        trained: Whether the token is a prediction target.
+        segments: Number of the segment each token belongs to: contiguous, from 0 upwards. One
+            segment for an ordinary conversation; with branches, segment 0 is what they share.
+        parents: For each segment the segment it continues, or ``NO_PARENT``. A segment attends
+            to its parents and, causally, to itself; its positions continue from its parent.
+        tiles: RGB tiles of all images, in the order of the slots.
+        tiles_per_image: Number of tiles of each image, thumbnail included.
+        increments: Position step of each image's visual tokens (V2PE).
+    """
+
+    source: str
+    record_id: str
+    input_ids: Int[np.ndarray, " tokens"]
+    trained: Bool[np.ndarray, " tokens"]
+    segments: Int[np.ndarray, " tokens"]
+    parents: tuple[int, ...]
+    tiles: UInt8[np.ndarray, "tiles px px 3"]
+    tiles_per_image: tuple[int, ...]
+    increments: tuple[float, ...]
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of all images together."""
+        return len(self.tiles)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """Packed rows: what one call of the model in training takes.
+
+    Attributes:
+        input_ids: Token ids, image slots expanded.
+        position_ids: Where each token sits (V2PE, float32); restarts with every sample.
+        segments: Segment of each token, unique within a row; ``PADDING_SEGMENT`` for filling.
+        parents: The parent of each token's segment, or ``NO_PARENT``.
+        pixel_values: Normalised tiles, or None where no sample of the batch has an image.
+        tokens_per_tile: Visual tokens of each tile.
+        visual_index: Flat index (row * tokens + column) of every visual token, in tile order.
+        target_index: Flat index of the hidden state that predicts each target.
+        target_ids: The token to predict.
+        target_weights: Loss weight of each target (w_i of token, square or sample averaging).
+        target_samples: Index into ``sources`` of each target's sample.
+        sources: Where the samples came from.
+    """
+
+    input_ids: Int64[Tensor, "rows tokens"]
+    position_ids: Float[Tensor, "rows tokens"]
+    segments: Int64[Tensor, "rows tokens"]
+    parents: Int64[Tensor, "rows tokens"]
+    pixel_values: Float[Tensor, "tiles 3 px px"] | None
+    tokens_per_tile: Int64[Tensor, " tiles"]
+    visual_index: Int64[Tensor, " visual"]
+    target_index: Int64[Tensor, " targets"]
+    target_ids: Int64[Tensor, " targets"]
+    target_weights: Float[Tensor, " targets"]
+    target_samples: Int64[Tensor, " targets"]
+    sources: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name in self.__dataclass_fields__
+            if hasattr(value := getattr(self, name), "to")
+        }
+        return replace(self, **moved)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((self.segments != PADDING_SEGMENT).sum())
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of all samples."""
+        return len(self.tokens_per_tile)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class VisualFeatures:
+    """What the vision half knows of some tiles: the one hand-over to the language half.
+
+    It holds facts of the image only. What depends on the prompt (the route under a budget, the
+    increment) is decided afterwards, for each prompt.
+
+    Attributes:
+        projected: Visual tokens of every tile in the language model's width, at full resolution.
+        weight_version: Which weights made them; features of other weights must not be mixed in.
+    """
+
+    projected: Float[Tensor, "tiles visual_tokens hidden"]
+    weight_version: str = ""
+
+    @property
+    def num_tiles(self) -> int:
+        """Number of tiles."""
+        return len(self.projected)

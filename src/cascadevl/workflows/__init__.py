@@ -1,0 +1,1 @@
+"""Chains of stages: the demo, the cascade, the reproduction."""

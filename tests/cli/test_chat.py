@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from rich.console import Console
+
+from cascadevl.cli.chat import Chat, user_message
+from cascadevl.cli.main import main
+from cascadevl.errors import RequestError
+from cascadevl.types import ImageRef, Message
+
+
+class Echo:
+    """Answers with what it was asked, in two pieces, and remembers it."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Message, ...]] = []
+
+    def __call__(self, messages: Sequence[Message]) -> Iterator[str]:
+        self.asked.append(tuple(messages))
+        if "fail" in messages[-1].text:
+            raise RequestError("too long")
+        yield f"[bold]{len(messages)}: "
+        if "stop" in messages[-1].text:
+            raise KeyboardInterrupt
+        yield messages[-1].text.strip() + "\n"
+
+
+@pytest.fixture
+def chat() -> Chat:
+    return Chat(Echo(), Console(file=io.StringIO(), width=200))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a picture.png")
+    return tmp_path / "a picture.png"
+
+
+def talk(chat: Chat, *lines: str) -> str:
+    rest = list(lines)
+
+    def read() -> str:
+        if not rest:
+            raise EOFError
+        return rest.pop(0)
+
+    chat.talk(read)
+    assert not rest or "/quit" in lines
+    return chat.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_conversation_grows_with_question_and_answer(chat: Chat):
+    shown = talk(chat, "hi", "", "and then?")
+    assert [message.role for message in chat.messages] == ["user", "assistant"] * 2
+    assert chat.messages[1].text == "[bold]1: hi\n"
+    assert chat.answerer.asked[1] == tuple(chat.messages[:3])
+    assert "[bold]3: and then?" in shown  # an answer is text, not markup
+
+
+def test_pictures_go_with_the_next_question_only(chat: Chat, picture: Path):
+    talk(chat, f"/image {picture}", "what?", "more")
+    assert chat.messages[0].parts == (ImageRef(picture), "\n", "what?")
+    assert chat.messages[2].parts == ("more",)
+
+
+def test_several_pictures_are_numbered():
+    message = user_message("differ?", [Path("a"), Path("b")])
+    assert message.parts == (
+        "Image-1: ", ImageRef(Path("a")), "\n", "Image-2: ", ImageRef(Path("b")), "\n", "differ?"
+    )  # fmt: skip
+
+
+def test_reset_forgets_all_but_the_system_message(picture: Path):
+    chat = Chat(Echo(), Console(file=io.StringIO()), system="be brief", images=[picture])
+    talk(chat, "one", "/reset", "two")
+    assert [message.text for message in chat.messages[:2]] == ["be brief", "two"]
+    assert [message.role for message in chat.messages] == ["system", "user", "assistant"]
+
+
+def test_quit_ends_and_later_lines_are_not_read(chat: Chat):
+    talk(chat, "/quit", "never")
+    assert chat.messages == []
+
+
+def test_mistakes_are_told_and_the_conversation_goes_on(chat: Chat, tmp_path: Path):
+    shown = talk(chat, f"/image {tmp_path / 'absent.png'}", "/imag x", "fail", "hi")
+    assert "error: there is no picture" in shown
+    assert "error: there is no command /imag" in shown
+    assert "error: too long" in shown
+    assert [message.text for message in chat.messages] == ["hi", "[bold]1: hi\n"]
+
+
+def test_ctrl_c_ends_the_answer_but_not_the_conversation(chat: Chat):
+    shown = talk(chat, "stop", "hi")
+    assert "stopped" in shown
+    assert len(chat.messages) == 2
+
+
+def test_a_missing_picture_is_told_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["chat", str(tmp_path / "no_model"), "--image", str(tmp_path / "no.png")]
+    assert main(words) == 2
+    assert "no.png" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["chat", str(tmp_path / "no_model"), "--question", "?"]) == 2
+    assert "no_model" in capsys.readouterr().err

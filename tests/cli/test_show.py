@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from cascadevl.cli.main import main
+from cascadevl.data.tiling import TilingConfig
+from cascadevl.errors import ConfigError
+from cascadevl.workflows.show import draw, lay_out
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """Six flat colours in a grid of 3 x 2, so that every tile is known by its colour."""
+    cells = np.zeros((2, 3, 3), dtype=np.uint8)
+    cells[0] = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    cells[1] = [[255, 255, 0], [0, 255, 255], [255, 0, 255]]
+    pixels = cells.repeat(84, axis=0).repeat(84, axis=1)
+    PIL.Image.fromarray(pixels).save(tmp_path / "six.png")
+    return tmp_path / "six.png"
+
+
+def test_tiles_stand_in_the_models_order_with_their_positions(picture: Path):
+    tiling = TilingConfig(tile_px=84, max_tiles=6)
+    layout = lay_out(picture, tiling, increment=0.25)
+    assert (layout.columns, layout.rows) == (3, 2)
+    assert [tile.name for tile in layout.tiles] == [
+        *(f"tile {n}" for n in range(1, 7)),
+        "thumbnail",
+    ]
+    centres = [tuple(tile.pixels[42, 42].tolist()) for tile in layout.tiles[:6]]
+    assert centres == [
+        (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (255, 0, 255)
+    ]  # fmt: skip
+    # <img> at 0; 9 tokens a tile, 0.25 apart; </img> one after the last of 63.
+    first, second, last = layout.tiles[0], layout.tiles[1], layout.tiles[-1]
+    assert [first.num_tokens, first.first_position, first.last_position] == [9, 0.25, 2.25]
+    assert [second.first_position, second.last_position] == [2.5, 4.5]
+    assert [last.last_position, layout.length] == [15.75, 16.75]
+
+
+def test_tokens_of_a_tile_follow_from_its_size_unless_given(picture: Path):
+    def tokens(px: int, given: int | None = None) -> int:
+        config = TilingConfig(tile_px=px, max_tiles=1)
+        return lay_out(picture, config, tokens_per_tile=given).tiles[0].num_tokens
+
+    assert [tokens(448), tokens(224), tokens(112)] == [256, 64, 16]
+    assert tokens(100, 7) == 7
+    with pytest.raises(ConfigError, match="100 px"):
+        tokens(100)
+
+
+def test_the_drawing_holds_every_tile(picture: Path, tmp_path: Path):
+    layout = lay_out(picture, TilingConfig(tile_px=84, max_tiles=6))
+    draw(layout, tmp_path / "new" / "out.png")
+    with PIL.Image.open(tmp_path / "new" / "out.png") as image:
+        drawn = np.asarray(image.convert("RGB")).astype(np.int64) @ [1, 256, 65536]
+    for tile in layout.tiles[:6]:  # in the picture, as a tile of its own, and in the thumbnail
+        colour = int(tile.pixels[42, 42].astype(np.int64) @ [1, 256, 65536])
+        assert (drawn == colour).sum() > 5000
+
+
+def test_the_command_says_what_it_drew(picture: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--max-tiles", "6", "--tile-px", "84", "--increment", "1/2"]
+    assert main(["show", str(picture), *words]) == 0
+    with PIL.Image.open(picture.with_name("six.tiles.png")) as image:
+        assert image.format == "PNG"
+    shown = capsys.readouterr().out
+    assert "six.png: 252 x 168 px, 3 x 2 tiles + thumbnail, 63 visual tokens" in shown
+    assert "32.5 positions at increment 0.5" in shown
+    assert "thumbnail    9 tokens, positions 27.5 to 31.5" in shown
+
+
+def test_one_tile_has_no_thumbnail(picture: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", str(picture), "--max-tiles", "1"]) == 0
+    assert "1 x 1 tiles, 256 visual tokens" in capsys.readouterr().out
+
+
+def test_files_that_are_no_picture_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "text.png").write_text("no picture")
+    assert main(["show", str(tmp_path / "text.png")]) == 2
+    assert "text.png" in capsys.readouterr().err
+    assert main(["show", str(tmp_path / "absent.png")]) == 2
+    assert "absent.png" in capsys.readouterr().err

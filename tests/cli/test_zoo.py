@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+
+from cascadevl.cli.main import main
+from cascadevl.model.zoo import ZOO
+
+
+def test_every_released_size_is_listed_on_one_line(capsys: pytest.CaptureFixture[str]):
+    assert main(["zoo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for model in ZOO.values():
+        (line,) = (line for line in lines if line.split() and line.split()[0] == model.name)
+        assert model.vision in line
+        assert model.language in line
+        assert f"{model.report_billion:g} B" in line
+
+
+def test_one_size_in_full(capsys: pytest.CaptureFixture[str]):
+    assert main(["zoo", "internvl3.5-30B-a3b"]) == 0
+    shown = capsys.readouterr().out
+    for fact in (
+        "InternVL3.5-30B-A3B",
+        "OpenGVLab/InternVL3_5-30B-A3B",
+        "3 B of them",
+        "48 x 2048",
+    ):
+        assert fact in shown
+
+
+def test_an_unknown_size_names_the_nearest(capsys: pytest.CaptureFixture[str]):
+    assert main(["zoo", "InternVL3.5-8"]) == 2
+    assert "did you mean 'InternVL3.5-8B'?" in capsys.readouterr().err
