@@ -19,6 +19,7 @@ from cascadevl.model.attention import (
 )
 from cascadevl.model.layout import AttentionTable, packed_layout
 from cascadevl.model.packed_attention import packed_attention
+from cascadevl.model.varlen import can_use_varlen, varlen_attention
 
 # A tree (0; 1 and 2 continue 0; 3 continues 2), a lone sample, padding; segments out of order.
 TREE = [0] * 5 + [1] * 3 + [2] * 4 + [3] * 2 + [7] * 6 + [-1] * 2
@@ -194,12 +195,11 @@ def test_one_long_and_many_short_segments_do_not_share_a_bucket() -> None:
 
 def test_the_operator_is_well_formed_for_compilers() -> None:
     segments, parents = trees()
-    for sinks in (None, torch.zeros(6).requires_grad_()):
-        for table in (TABLES["one bucket"], TABLES["some kept"]):
-            buckets = packed_layout(segments, parents, table=table).of(None)
-            states = inputs(2, segments.shape[1], dtype=torch.float32)
-            layout = [getattr(buckets, name) for name in buckets.__dataclass_fields__]
-            torch.library.opcheck(packed_attention, (*states, sinks, *layout, 0.5, 0, True))
+    for sinks, table in ((None, "one bucket"), (torch.zeros(6).requires_grad_(), "some kept")):
+        buckets = packed_layout(segments, parents, table=TABLES[table]).of(None)
+        states = inputs(2, segments.shape[1], dtype=torch.float32)
+        layout = [getattr(buckets, name) for name in buckets.__dataclass_fields__]
+        torch.library.opcheck(packed_attention, (*states, sinks, *layout, 0.5, 0, True))
 
 
 def test_a_compiler_sees_one_node_and_packs_of_other_sizes_need_no_new_graph() -> None:
@@ -235,6 +235,52 @@ def test_the_masked_form_equals_the_packed_form(with_sinks: bool) -> None:
     got = attend_masked(*states, visible, scaling=0.5, sinks=sinks)
     real = segments != -1
     torch.testing.assert_close(got[real], expected[real], rtol=0, atol=1e-6)
+
+
+def flash_by_loops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    longest_query: int,
+    longest_key: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """torch's variable-length attention as documented: (tokens, heads, dim), aligned at the end."""
+    out = torch.empty_like(query)
+    group = query.shape[1] // key.shape[1]
+    assert enable_gqa == (group > 1)
+    longest = [0, 0]
+    for first, last, begin, end in zip(
+        query_starts[:-1], query_starts[1:], key_starts[:-1], key_starts[1:], strict=True
+    ):
+        longest = [max(longest[0], int(last - first)), max(longest[1], int(end - begin))]
+        for token in range(int(first), int(last)):
+            stop = int(end - (last - token)) + 1 + window_size[1]
+            start = int(begin) if window_size[0] < 0 else max(int(begin), stop - 1 - window_size[0])
+            for head in range(query.shape[1]):
+                keys, values = key[start:stop, head // group], value[start:stop, head // group]
+                out[token, head] = torch.softmax(keys @ query[token, head] * scale, 0) @ values
+    assert longest == [longest_query, longest_key]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_variable_length_form_describes_the_same_attention(window: int | None) -> None:
+    segments, parents = trees()
+    states = [state.detach() for state in inputs(2, segments.shape[1])]
+    layout = packed_layout(segments, parents, windows=(window,))
+    got = varlen_attention(*states, layout, scaling=0.5, window=window, kernel=flash_by_loops)
+    expected = run(states, segments, parents, window=window)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_the_variable_length_form_is_for_gpus() -> None:
+    assert not can_use_varlen(torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16))
 
 
 def test_text_attention_says_what_it_lacks() -> None:

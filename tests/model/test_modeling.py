@@ -44,8 +44,9 @@ def test_the_version_of_pixel_shuffle_comes_from_the_configuration() -> None:
 def test_logits_are_computed_where_targets_are_and_nowhere_else() -> None:
     model = small_model()
     batch = packed_batch([[1], [2]])
-    few = torch.tensor([3, 11, 30])
-    picked = replace(batch, target_index=batch.target_index[few], target_ids=batch.target_ids[few])
+    few = torch.tensor([3, 11, 20])
+    names = ("target_index", "target_ids", "target_weights", "target_samples")
+    picked = replace(batch, **{name: getattr(batch, name)[few] for name in names})
     seen = []
 
     def head_fn(logits: torch.Tensor, place: slice) -> torch.Tensor:

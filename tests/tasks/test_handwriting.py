@@ -43,9 +43,9 @@ def test_digits_stand_where_said_and_nowhere_else(difficulty: str, px: int) -> N
         rows = [draw_number(generator, level.num_digits) for _ in range(level.num_rows)]
         image, placed = render_rows(generator, rows, level, scans, px)
         pixels = np.asarray(image, dtype=np.float64)
-        ink = np.abs(pixels - pixels[0, 0]).sum(axis=2) > 60
+        darkness = (pixels[0, 0] - pixels).sum(axis=2)  # the corner is paper
         assert [str(digit.digit) for digit in placed] == list("".join(rows))
-        covered = np.zeros_like(ink)
+        covered = np.zeros(darkness.shape, dtype=np.bool_)
         for digit in placed:
             left, top, right, bottom = digit.box_px
             assert 0 <= left < right <= px
@@ -53,32 +53,39 @@ def test_digits_stand_where_said_and_nowhere_else(difficulty: str, px: int) -> N
             assert not covered[top:bottom, left:right].any()  # digits do not overlap
             covered[top:bottom, left:right] = True
             assert digit.scan in scans.by_class[digit.digit]
-            assert looks_like(ink[top:bottom, left:right], scans.images[digit.scan])
-        assert not ink[~covered].any()
+            assert likeness(darkness[top:bottom, left:right], scans.images[digit.scan]) > 0.97
+        assert not darkness[~covered].any()
 
 
-def looks_like(ink: np.ndarray, scan: np.ndarray) -> bool:
-    """Whether drawn ink, reduced again to the scan's columns, correlates with the scan."""
-    columns = np.flatnonzero(scan.max(axis=0) >= 48)
-    cut = scan[:, columns[0] : columns[-1] + 1].astype(np.float64)
-    drawn = PIL.Image.fromarray((ink * 255).astype(np.uint8))
-    reduced = np.asarray(drawn.resize(cut.shape[::-1], PIL.Image.Resampling.BOX), dtype=np.float64)
-    if cut.std() < 1 or reduced.std() < 1:
-        return bool(ink.any())
-    return bool(np.corrcoef(cut.ravel(), reduced.ravel())[0, 1] > 0.6)
+def likeness(darkness: np.ndarray, scan: np.ndarray) -> float:
+    """Correlation of a scan with what was drawn of it, averaged over its 8 x 8 fields again."""
+    drawn = PIL.Image.fromarray(darkness.astype(np.float32))
+    reduced = np.asarray(drawn.resize((8, 8), PIL.Image.Resampling.BOX))
+    return float(np.corrcoef(scan.ravel(), reduced.ravel())[0, 1])
+
+
+def test_grey_levels_survive_the_enlargement() -> None:
+    """Strokes are told apart by their grey: an enlarged scan is no picture of two colours."""
+    level, scans = LEVELS["one"], load_scans("train")
+    image, (digit,) = render_rows(np.random.default_rng(2), ["8"], level, scans, 112)
+    left, top, right, bottom = digit.box_px
+    grey = np.asarray(image.convert("L"), dtype=np.float64)[top:bottom, left:right]
+    share = (grey.max() - grey) / (grey.max() - grey.min())
+    assert 0.2 < ((share > 0.15) & (share < 0.85)).mean() < 0.7
 
 
 def test_digits_are_large_enough_to_learn_from() -> None:
     """The demo's difficulties keep digits at 40 px or more in a 112 px picture."""
     for difficulty in ("one", "two"):
-        level = LEVELS[difficulty]
-        heights = []
+        level, sides = LEVELS[difficulty], []
         for seed in range(150):
             generator = np.random.default_rng(seed)
             rows = [draw_number(generator, level.num_digits)]
             _, placed = render_rows(generator, rows, level, load_scans("train"), 112)
-            heights += [digit.box_px[3] - digit.box_px[1] for digit in placed]
-        assert min(heights) >= 40
+            for left, top, right, bottom in (digit.box_px for digit in placed):
+                sides += [right - left, bottom - top]
+        assert min(sides) >= 40
+        assert 112 * level.size[0] >= 41  # an edge rounded inwards takes at most one pixel
 
 
 def test_numbers_have_uniform_lengths_and_no_leading_zero() -> None:
@@ -111,18 +118,6 @@ def test_numbers_have_uniform_lengths_and_no_leading_zero() -> None:
 def test_answers_by_hand(kind: str, rows: list[str], answer: str, reasoning: str | None) -> None:
     question = handwriting.ask(np.random.default_rng(0), kind, rows, 1)
     assert (question.answer, question.reasoning) == (answer, reasoning)
-
-
-def test_comparisons_are_true_and_balanced() -> None:
-    answers = []
-    for seed in range(600):
-        generator = np.random.default_rng(seed)
-        row = draw_number(generator, (1, 1))
-        question = handwriting.ask(generator, "compare", [row], 1)
-        bound = int(question.prompt.removesuffix("?").split()[-1])
-        assert question.answer == ("yes" if int(row) > bound else "no")
-        answers.append(question.answer)
-    assert answers.count("yes") / len(answers) == pytest.approx(0.5, abs=0.06)
 
 
 def test_held_out_scans_are_drawn_for_test() -> None:
