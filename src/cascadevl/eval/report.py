@@ -101,8 +101,10 @@ def write_report(report: Report, path: Path) -> None:
     """Render the page and write it to ``path``.
 
     Raises:
-        ValueError: If the stages do not score the same rows.
+        ValueError: If there is no stage, or the stages do not score the same rows.
     """
+    if not report.stages:
+        raise ValueError("a report needs the scores of at least one stage")
     rows = [score.row for score in report.stages[0].scores]
     for stage in report.stages:
         if [score.row for score in stage.scores] != rows:
@@ -193,18 +195,22 @@ def _shown(score: Score, count: int) -> list[Answered]:
 
 def _card(answered: Answered) -> dict[str, object]:
     question = answered.asked.question
-    image = answered.asked.scene.image or PIL.Image.new("RGB", (PICTURE_PX, 24), "white")
-    height = round(image.height * PICTURE_PX / image.width)
-    buffer = io.BytesIO()
-    image.resize((PICTURE_PX, height), PIL.Image.Resampling.BICUBIC).save(buffer, format="png")
+    image = answered.asked.scene.image
     return {
-        "png": _encoded(buffer.getvalue()),
-        "row": answered.asked.row,
+        "png": None if image is None else _encoded(_embedded(image)),
         "question": question.prompt,
         "response": answered.response,
         "right": answered.right,
         "truth": question.answer,
     }
+
+
+def _embedded(image: PIL.Image.Image) -> bytes:
+    """A picture at the width it is shown at, as a PNG."""
+    height = max(1, round(image.height * PICTURE_PX / image.width))
+    buffer = io.BytesIO()
+    image.resize((PICTURE_PX, height), PIL.Image.Resampling.BICUBIC).save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _encoded(png: bytes) -> str:

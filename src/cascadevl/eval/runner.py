@@ -32,12 +32,14 @@ class Score:
 
     Attributes:
         row: Its name.
+        label: Its short name.
         estimate: Share of right answers with its 95 % interval.
         baseline: What the most frequent answer scores on the same questions.
         answered: Every question with its answer.
     """
 
     row: str
+    label: str
     estimate: Estimate
     baseline: Baseline
     answered: tuple[Answered, ...]
@@ -53,20 +55,30 @@ def run_suite(
         suite: The rows.
         split: Which part of the material.
         seed: Seed of the scenes; the same seed gives the same questions.
+
+    Raises:
+        ValueError: If two rows have the same name, or a row cannot be drawn.
     """
-    rows = {row.name: draw_row(row, split=split, seed=seed) for row in suite}
-    every = [asked for row in rows.values() for asked in row]
+    names = [row.name for row in suite]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two rows of the suite are named {twice[0]!r}; names must differ")
+    drawn = [draw_row(row, split=split, seed=seed) for row in suite]
+    every = [asked for row in drawn for asked in row]
     responses = responder([to_prompt(asked.scene, asked.question) for asked in every])
     answered = [
         Answered(asked=asked, response=response, right=asked.question.check(response))
         for asked, response in zip(every, responses, strict=True)
     ]
-    return [
-        Score(
-            row=name,
-            estimate=accuracy([each.right for each in answered if each.asked.row == name]),
-            baseline=most_frequent(asked),
-            answered=tuple(each for each in answered if each.asked.row == name),
+    scores: list[Score] = []
+    for row, asked_of_row in zip(suite, drawn, strict=True):
+        own = tuple(each for each in answered if each.asked.row == row.name)
+        scores.append(
+            Score(
+                row=row.name,
+                label=row.label,
+                estimate=accuracy([each.right for each in own]),
+                baseline=most_frequent(asked_of_row),
+                answered=own,
+            )
         )
-        for name, asked in rows.items()
-    ]
+    return scores
