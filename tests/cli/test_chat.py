@@ -63,7 +63,8 @@ def test_the_conversation_grows_with_question_and_answer(chat: Chat):
 
 
 def test_pictures_go_with_the_next_question_only(chat: Chat, picture: Path):
-    talk(chat, f"/image {picture}", "what?", "more")
+    shown = talk(chat, f"/image {picture}", "what?", "more")
+    assert "with the next question: a picture.png" in shown
     assert chat.messages[0].parts == (ImageRef(picture), "\n", "what?")
     assert chat.messages[2].parts == ("more",)
 
@@ -99,6 +100,54 @@ def test_ctrl_c_ends_the_answer_but_not_the_conversation(chat: Chat):
     shown = talk(chat, "stop", "hi")
     assert "stopped" in shown
     assert len(chat.messages) == 2
+
+
+def test_a_name_in_quotes_or_with_escapes_is_understood(chat: Chat, picture: Path):
+    quoted, escaped = f"'{picture}'", str(picture).replace(" ", "\\ ")
+    talk(chat, f"/image {quoted}", f"/image {escaped}")
+    assert chat.images == [picture, picture]
+
+
+def test_what_is_no_picture_is_refused_at_once(chat: Chat, tmp_path: Path):
+    (tmp_path / "text.png").write_text("no picture")
+    shown = talk(chat, f"/image {tmp_path / 'text.png'}", "/image", "/image it's.png", "hi")
+    assert shown.count("error: ") == 3
+    assert chat.images == []
+    assert [message.text for message in chat.messages] == ["hi", "[bold]1: hi\n"]
+
+
+def test_help_is_given(chat: Chat):
+    assert "/image FILE" in talk(chat, "/help")
+
+
+def test_ctrl_c_at_the_prompt_does_not_end_the_conversation(chat: Chat):
+    lines = iter([KeyboardInterrupt(), "hi", EOFError()])
+
+    def read() -> str:
+        line = next(lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    chat.talk(read)
+    assert len(chat.messages) == 2
+
+
+def test_the_terminal_does_not_obey_an_answer(chat: Chat):
+    shown = talk(chat, "a\x1b[2Jb\x07\tc")
+    assert "a\ufffd[2Jb\ufffd" in shown
+    assert "\x1b[2J" not in shown
+    assert chat.messages[0].text == "a\x1b[2Jb\x07\tc"
+
+
+def test_an_empty_question_and_an_unknown_device_are_refused(
+    chat: Chat, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(RequestError, match="empty"):
+        chat.ask("  ")
+    for device in ("gpu", "cuda:99"):
+        assert main(["chat", "anything", "--question", "?", "--device", device]) == 2
+        assert f"--device {device} cannot be used" in capsys.readouterr().err
 
 
 def test_a_missing_picture_is_told_before_the_model_is_loaded(

@@ -45,7 +45,7 @@ def test_broken_records_are_named_and_the_others_measured(
     assert "some.jsonl:4" in shown
     assert "absent.png" in shown
     assert "some.jsonl:5" in shown
-    assert "2 broken records" in shown
+    assert "2 of 5 records are broken" in shown
     # 3 x 1 tiles and a thumbnail, one tile, none
     assert "tiles of a record (least 0, median 1, mean 1.7, most 4)" in shown
     assert [line.split()[0] for line in shown.splitlines() if "█" in line] == ["0", "1", "4"]
@@ -60,7 +60,7 @@ def test_good_data_ends_with_0(meta: Path, capsys: pytest.CaptureFixture[str]):
     annotation = meta.with_name("some.jsonl")
     annotation.write_text("\n".join(annotation.read_text().splitlines()[:3]) + "\n")
     assert main(["data", "check", str(meta)]) == 0
-    assert "all records can be used" in capsys.readouterr().out
+    assert "all 3 records can be used" in capsys.readouterr().out
 
 
 def test_tokens_need_a_model(meta: Path, capsys: pytest.CaptureFixture[str]):

@@ -69,19 +69,50 @@ def test_the_command_says_what_it_drew(picture: Path, capsys: pytest.CaptureFixt
     with PIL.Image.open(picture.with_name("six.tiles.png")) as image:
         assert image.format == "PNG"
     shown = capsys.readouterr().out
-    assert "six.png: 252 x 168 px, 3 x 2 tiles + thumbnail, 63 visual tokens" in shown
+    assert (
+        "six.png: 252 x 168 px, 3 x 2 = 6 tiles + thumbnail, 63 visual tokens (9 a tile)" in shown
+    )
     assert "32.5 positions at increment 0.5" in shown
     assert "thumbnail    9 tokens, positions 27.5 to 31.5" in shown
 
 
+def test_positions_are_written_exactly(picture: Path):
+    layout = lay_out(picture, TilingConfig(tile_px=448, max_tiles=40), increment=2.0**-8)
+    assert layout.tiles[1].positions == "1.00390625 to 2"
+
+
+def test_the_picture_is_never_overwritten(picture: Path, capsys: pytest.CaptureFixture[str]):
+    before = picture.read_bytes()
+    assert main(["show", str(picture), "--out", str(picture)]) == 2
+    assert "would overwrite the picture" in capsys.readouterr().err
+    assert picture.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["$a$ 图.png", "x" * 200 + ".png"])
+def test_names_that_the_font_or_the_page_cannot_hold_are_no_trouble(picture: Path, name: str):
+    other = picture.rename(picture.with_name(name))
+    draw(lay_out(other, TilingConfig(tile_px=84, max_tiles=1)), picture.with_name("out.png"))
+
+
+def test_a_tall_picture_and_many_tiles_stay_on_a_page(tmp_path: Path):
+    PIL.Image.new("RGB", (28, 1120)).save(tmp_path / "tall.png")
+    layout = lay_out(tmp_path / "tall.png", TilingConfig(tile_px=28, max_tiles=40))
+    assert (layout.columns, layout.rows) == (1, 40)
+    draw(layout, tmp_path / "out.png")
+    with PIL.Image.open(tmp_path / "out.png") as image:
+        assert max(image.size) < 5500
+
+
 def test_one_tile_has_no_thumbnail(picture: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["show", str(picture), "--max-tiles", "1"]) == 0
-    assert "1 x 1 tiles, 256 visual tokens" in capsys.readouterr().out
+    assert ", 1 tile, 256 visual tokens" in capsys.readouterr().out
 
 
 def test_files_that_are_no_picture_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "text.png").write_text("no picture")
     assert main(["show", str(tmp_path / "text.png")]) == 2
-    assert "text.png" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: the picture ")
+    assert error.count("text.png") == 1
     assert main(["show", str(tmp_path / "absent.png")]) == 2
     assert "absent.png" in capsys.readouterr().err

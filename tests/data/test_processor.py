@@ -161,6 +161,10 @@ def test_the_rendered_text_in_a_call_gives_the_same_inputs(processor: CascadeVLP
         "<|im_start|>assistant\n"
     )
     images = [item["image"] for item in talk[0]["content"][:2]]
+    places = [{"type": "image"}, {"type": "image"}, text("Compare.")]
+    assert (
+        processor.apply_chat_template([{"role": "user", "content": places}], **options) == written
+    )
     assert_equal(
         processor(images=images, text=written, return_tensors="pt"),
         processor.apply_chat_template(
@@ -288,6 +292,8 @@ def test_a_video_becomes_frames_and_a_mark_in_plain_text(
     assert to_messages(talk)[0].parts == (VideoRef(source=tmp_path), "\n", "What?")
     written = processor.apply_chat_template(talk)
     assert written == "<|im_start|>user\n<video>\nWhat?<|im_end|>\n"
+    bare = [{"role": "user", "content": [{"type": "video"}, text("What?")]}]
+    assert processor.apply_chat_template(bare) == written
     shown = processor.decode(processor.prompt(talk).input_ids)
     assert "Frame-1: <img><IMG_CONTEXT></img>\nFrame-2: <img>" in shown
 
@@ -301,8 +307,11 @@ def test_a_video_becomes_frames_and_a_mark_in_plain_text(
         ({"role": "user", "content": ["x"]}, "a part of message 1 is 'x'"),
         ({"role": "user", "content": [{"type": "smell"}]}, "type 'smell'"),
         ({"role": "user", "content": [{"type": "text"}]}, "type 'text'"),
-        ({"role": "user", "content": [{"type": "image"}]}, "names its source 0 times"),
-        ({"role": "user", "content": [{"type": "image", "path": "a", "url": "b"}]}, "2 times"),
+        ({"role": "user", "content": [{"type": "image"}]}, "names no source"),
+        (
+            {"role": "user", "content": [{"type": "image", "path": "a", "url": "b"}]},
+            "names 2 sources",
+        ),
         ({"role": "user", "content": [{"type": "image", "base64": "?"}]}, "not base64"),
         ({"role": "user", "content": [{"type": "image", "url": "data:image/png,x"}]}, "data URL"),
         ({"role": "user", "content": [{"type": "image", "image": 3}]}, "a picture that is 3"),

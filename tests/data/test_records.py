@@ -174,9 +174,9 @@ def test_paths_without_root_are_taken_as_they_are():
 @pytest.mark.parametrize(
     ("marks", "images", "words"),
     [
-        ("<image>", ["a", "b"], "1 <image> marks in the human turns but 2 images"),
-        ("<image><image><image>", "a", "3 <image> marks in the human turns but 1 images"),
-        ("<image>", None, "1 <image> marks in the human turns but 0 images"),
+        ("<image>", ["a", "b"], "1 <image> mark in the human turns but 2 images"),
+        ("<image><image><image>", "a", "3 <image> marks in the human turns but 1 image in"),
+        ("<image>", None, "1 <image> mark in the human turns but 0 images"),
     ],
 )
 def test_counts_that_differ_are_named_with_both_numbers(marks, images, words):
@@ -184,13 +184,21 @@ def test_counts_that_differ_are_named_with_both_numbers(marks, images, words):
     assert words in str(refused(chat(f"p:{marks} x", image=images), "image_count"))
 
 
+def test_a_file_of_records_is_not_taken_for_a_meta_file(tmp_path: Path):
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"id": 1}\n{"id": 2}\n')
+    with pytest.raises(DataError, match="a file of records, not a meta file") as caught:
+        read_meta(path)
+    assert caught.value.kind == "bad_meta"
+
+
 def test_video_counts():
     error = refused(chat("h:<video> <video>", "g:y", video="v.mp4"), "video_count")
-    assert "2 <video> marks in the human turns but 1 videos" in str(error)
+    assert "2 <video> marks in the human turns but 1 video in" in str(error)
     refused(chat("h:<video>", "g:y"), "video_count")
     refused(chat("h:<image> <video>", "g:y", image="a"), "video_count")
     refused(chat("h:x", "g:y", videos=["a.mp4", "b.mp4"]), "video_count", "videos[1]")
-    assert "images and a video" in str(
+    assert "1 image and a video" in str(
         refused(chat("h:x", "g:y", image="a", video="b"), "bad_field", "video")
     )
 

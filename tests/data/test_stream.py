@@ -267,7 +267,7 @@ def test_too_many_bad_records_stop_the_run_with_the_counts() -> None:
         list(stream)
     assert caught.value.kind == "too_many_skipped"
     count = stream.skipped[("a", "missing_image")].count
-    assert f"a: {count} x missing_image, first: a.jsonl:" in str(caught.value)
+    assert f"{count} x missing_image of a, first: a.jsonl:" in str(caught.value)
     tolerant = fixed(source, StreamConfig(max_skipped_share=0.9, num_draws=300))
     assert len(sources_of(list(tolerant))) == 300 - tolerant.skipped[("a", "missing_image")].count
 

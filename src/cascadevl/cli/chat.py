@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from cascadevl.cli.arguments import Subparsers, positive_int
-from cascadevl.errors import CascadeVLError, RequestError
+from cascadevl.cli.wording import worded
+from cascadevl.errors import CascadeVLError, ConfigError, RequestError
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from cascadevl.types import Message
@@ -19,7 +25,12 @@ if TYPE_CHECKING:
 Answerer: TypeAlias = Callable[["Sequence[Message]"], Iterator[str]]
 """Streams the answer to a conversation."""
 
-HELP = "/image FILE adds a picture to the next question, /reset starts anew, /quit ends"
+HELP = (
+    "/image FILE adds a picture to the next question, /reset starts anew, Ctrl-C stops an answer, "
+    "/quit ends"
+)
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -56,16 +67,16 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load the model and talk."""
     for file in args.image:
-        _check_file(file)
+        check_picture(file)
 
     from rich.console import Console
 
     import cascadevl
     from cascadevl.model.generation import stream
 
-    console = Console()
+    console, device = Console(), usable_device(args.device)
     with Console(stderr=True).status(f"loading {args.model}"):
-        model, processor = cascadevl.load(args.model, device=args.device)
+        model, processor = cascadevl.load(args.model, device=device)
     thinking = {"on": True, "off": False, None: None}[args.thinking]
 
     def answerer(messages: Sequence[Message]) -> Iterator[str]:
@@ -85,8 +96,36 @@ def run(args: argparse.Namespace) -> int:
         chat.ask(args.question)
         return 0
     console.print(HELP, style="dim", highlight=False)
-    chat.talk(lambda: console.input("[bold cyan]you>[/] "))
+    chat.show_images()
+    chat.talk(line_reader())
     return 0
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Args:
+        name: As torch names it.
+
+    Raises:
+        ConfigError: If there is no such device, or none on this machine.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"--device {name} cannot be used here: {reason}") from error
+    return device
+
+
+def line_reader() -> Callable[[], str]:
+    """A function that asks for a line, with cursor keys and a history where Python has them."""
+    with suppress(ImportError):  # Windows has none; its terminal brings an editor of its own
+        importlib.import_module("readline")  # from now on input() edits its line
+    return lambda: input("you> ")
 
 
 @dataclass(slots=True)
@@ -117,14 +156,18 @@ class Chat:
             try:
                 line = read().strip()
             except EOFError:
+                self.console.print()
                 return
+            except KeyboardInterrupt:
+                self._note("\n/quit or Ctrl-D ends", "dim")
+                continue
             command, _, rest = line.partition(" ")
             if command == "/quit":
                 return
             try:
                 self._obey(command, rest.strip(), line)
             except CascadeVLError as error:
-                self._note(f"error: {error}", "red")
+                self._note(f"error: {worded(error)}", "red")
 
     def ask(self, question: str) -> None:
         """Stream the answer to a question; the conversation grows only if it comes to an end.
@@ -137,29 +180,39 @@ class Chat:
         """
         from cascadevl.types import Message
 
+        if not question.strip():
+            raise RequestError("the question is empty")
         start = list(self.messages)
         if not start and self.system is not None:
             start.append(Message.of("system", self.system))
         start.append(user_message(question, self.images))
         answer: list[str] = []
         for piece in self.answerer(start):
+            # A model may write an escape sequence, which the terminal must not obey.
+            shown = _CONTROL.sub("\ufffd", piece)
             self.console.print(
-                piece, end="", markup=False, highlight=False, emoji=False, soft_wrap=True
+                shown, end="", markup=False, highlight=False, emoji=False, soft_wrap=True
             )
             answer.append(piece)
         self.console.print()
         self.messages = [*start, Message.of("assistant", "".join(answer))]
         self.images = []
 
+    def show_images(self) -> None:
+        """Say which pictures go with the next question, if any do."""
+        if self.images:
+            names = ", ".join(file.name for file in self.images)
+            self._note(f"with the next question: {names}", "dim")
+
     def _obey(self, command: str, argument: str, line: str) -> None:
         if command == "/image":
-            file = Path(argument).expanduser()
-            _check_file(file)
-            self.images.append(file)
-            self._note(f"{len(self.images)} picture(s) for the next question", "dim")
+            self.images.append(picture_named(argument))
+            self.show_images()
         elif command == "/reset":
             self.messages, self.images = [], []
             self._note("a new conversation", "dim")
+        elif command == "/help":
+            self._note(HELP, "dim")
         elif command.startswith("/"):
             raise RequestError(f"there is no command {command}; {HELP}")
         elif line:
@@ -195,6 +248,39 @@ def user_message(question: str, images: Sequence[Path]) -> Message:
     return Message("user", (*parts, question))
 
 
-def _check_file(file: Path) -> None:
+def picture_named(text: str) -> Path:
+    """The picture that a person named, also in the quotes a terminal writes around a dropped file.
+
+    Args:
+        text: The name as typed.
+
+    Raises:
+        CascadeVLError: If there is no such picture, or it cannot be opened.
+    """
+    file = Path(text).expanduser()
+    if not file.is_file():
+        try:
+            words = shlex.split(text)
+        except ValueError:  # a quote that is part of the name
+            words = []
+        if len(words) == 1:
+            file = Path(words[0]).expanduser()
+    check_picture(file)
+    return file
+
+
+def check_picture(file: Path) -> None:
+    """Refuse what is no picture before anything slow is done.
+
+    Args:
+        file: The file.
+
+    Raises:
+        CascadeVLError: If it is not there, or not a picture.
+    """
     if not file.is_file():
         raise RequestError(f"there is no picture {file}")
+    from cascadevl.data.image import open_image
+    from cascadevl.types import ImageRef
+
+    open_image(ImageRef(file), source=str(file))

@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
             deep=args.deep,
             progress=advance,
         )
-    print_report(report, Console())
+    console = Console()
+    print_report(report, console)
+    _print_limits(args, console)
     return FOUND_BAD if report.num_bad else 0
 
 
@@ -95,7 +97,7 @@ def print_report(report: CheckReport, console: Console) -> None:
 
     table = Table(title=str(report.meta), title_justify="left")
     table.add_column("data set")
-    for heading in ("records", "good", "bad", "an epoch", "images", "videos"):
+    for heading in ("records", "good", "bad", "per epoch", "images", "videos"):
         table.add_column(heading, justify="right")
     for entry in report.datasets:
         bad = entry.num_records - entry.num_good
@@ -105,10 +107,23 @@ def print_report(report: CheckReport, console: Console) -> None:
     console.print(table)
     for entry in report.datasets:
         _print_dataset(entry, console)
-    console.print(
-        f"{report.num_bad} broken records" if report.num_bad else "all records can be used",
-        style="bold red" if report.num_bad else "bold green",
-    )
+    num_records = sum(entry.num_records for entry in report.datasets)
+    if report.num_bad:
+        text = f"{report.num_bad:,} of {num_records:,} records are broken"
+        console.print(f"\n{text}", style="bold red", highlight=False)
+    else:
+        console.print(f"\nall {num_records:,} records can be used", style="bold green")
+
+
+def _print_limits(args: argparse.Namespace, console: Console) -> None:
+    """Say what was not looked at, so that a clean report is not taken for more than it is."""
+    left = []
+    if not args.deep:
+        left.append("pixels and video frames (--deep decodes them)")
+    if args.model is None:
+        left.append("tokens and control tokens in texts (--model DIR counts and checks them)")
+    if left:
+        console.print(f"not looked at: {'; '.join(left)}", style="dim", highlight=False)
 
 
 def _print_dataset(entry: DatasetReport, console: Console) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from cascadevl.cli import chat, convert, data, demo, show, train, zoo
+from cascadevl.cli.wording import worded
 from cascadevl.errors import CascadeVLError
 from cascadevl.version import __version__
 
@@ -65,14 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CascadeVLError, OSError) as error:
         if args.traceback:
             raise
-        print(f"error: {_worded(error)}", file=sys.stderr)
+        print(f"error: {worded(error)}", file=sys.stderr)
         return MISTAKE
-
-
-def _worded(error: CascadeVLError | OSError) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
 
 
 if __name__ == "__main__":

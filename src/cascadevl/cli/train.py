@@ -157,8 +157,7 @@ def _train(stage: str, config: TrainConfig) -> int:
     for (dataset, kind), count in sorted(result.skipped.items()):
         print(f"left out: {count} x {kind} of {dataset}", file=sys.stderr)
     if not result.finished:
-        print(f"stopped after step {result.steps}; go on with --resume", file=sys.stderr)
-        return STOPPED
+        return STOPPED  # the log says how to go on
     print(f"{result.steps} steps, loss {result.loss:.4f}; the model is in {result.model_path}")
     return 0
 
@@ -197,14 +196,14 @@ def print_sample(number: int, sample: SeenSample, console: Console) -> None:
     console.rule(f"sample {number}: {sample.source} ({sample.dataset})")
     console.print(
         f"{sample.num_tokens:,} tokens, {sample.num_trained:,} of them trained; "
-        f"positions 0 to {sample.last_position:g}",
+        f"positions 0 to {sample.last_position:.12g}",
         highlight=False,
     )
     for index, image in enumerate(sample.images, start=1):
         console.print(
-            f"image {index}: {image.num_tiles} tiles, {image.num_tokens:,} visual tokens, "
-            f"increment {image.increment:g}, positions {image.first_position:g} to "
-            f"{image.last_position:g}",
+            f"image {index}: {image.num_tiles} tile{'s' * (image.num_tiles != 1)}, "
+            f"{image.num_tokens:,} visual tokens, increment {image.increment:.12g}, "
+            f"positions {image.first_position:.12g} to {image.last_position:.12g}",
             highlight=False,
         )
     console.print(marked_text(sample), soft_wrap=True)

@@ -68,7 +68,7 @@ def _print_one(name: str, console: Console) -> None:
         "template": model.template,
         "context": f"{text.max_position_embeddings:,} tokens",
         "repository": model.hub_id,
-        "further ones": " ".join(model.suffixes),
+        "also with": " ".join(model.suffixes),
     }
     for heading, value in rows.items():
         table.add_row(heading, value)

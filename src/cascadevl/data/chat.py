@@ -29,7 +29,9 @@ _IMAGE_KEYS = ("image", "path", "url", "base64")
 _VIDEO_KEYS = ("video", "path", "url")
 
 
-def to_messages(conversation: Sequence[object]) -> tuple[Message, ...]:
+def to_messages(
+    conversation: Sequence[object], *, placeholders: bool = False
+) -> tuple[Message, ...]:
     """Read a conversation in transformers' form.
 
     A picture or video is followed by a line break, as the released chat templates write it.
@@ -40,14 +42,18 @@ def to_messages(conversation: Sequence[object]) -> tuple[Message, ...]:
             ``{"type": "image", "image" | "path" | "url" | "base64": ...}`` (a file, a data or
             file URL, bytes, a PIL picture or an RGB array) and
             ``{"type": "video", "video" | "path" | "url": ...}`` (a file or a folder of frames).
+        placeholders: Whether a picture or video may leave its source open, for text in which
+            only its place counts.
 
     Raises:
         DataError: Of kind ``message``, if a turn has another form.
     """
-    return tuple(_to_message(turn, number) for number, turn in enumerate(conversation))
+    return tuple(
+        _to_message(turn, number, placeholders) for number, turn in enumerate(conversation)
+    )
 
 
-def _to_message(turn: object, number: int) -> Message:
+def _to_message(turn: object, number: int, placeholders: bool) -> Message:
     if isinstance(turn, Message):
         return turn
     place = f"message {number + 1}"
@@ -60,16 +66,18 @@ def _to_message(turn: object, number: int) -> Message:
         return Message.of(ROLES[name], content)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise _error(f"{place} has the content {content!r:.60}", "give text, or a list of parts")
-    parts = [part for item in content for part in _parts(item, place)]
+    parts = [part for item in content for part in _parts(item, place, placeholders)]
     return Message(ROLES[name], tuple(parts))
 
 
-def _parts(item: object, place: str) -> tuple[Part, ...]:
+def _parts(item: object, place: str, placeholders: bool) -> tuple[Part, ...]:
     if not isinstance(item, Mapping):
         raise _error(f"a part of {place} is {item!r:.60}", 'write {"type": ..., ...}')
     kind = item.get("type")
     if kind == "text" and isinstance(item.get("text"), str):
         return (str(item["text"]),)
+    if placeholders and kind in ("image", "video") and set(item) == {"type"}:
+        return ImageRef(b"") if kind == "image" else VideoRef(source=Path()), "\n"
     if kind == "image":
         return ImageRef(image_of(_value(item, _IMAGE_KEYS, place), place)), "\n"
     if kind == "video":
@@ -83,8 +91,9 @@ def _parts(item: object, place: str) -> tuple[Part, ...]:
 def _value(item: Mapping[object, object], keys: Sequence[str], place: str) -> object:
     found = [key for key in keys if item.get(key) is not None]
     if len(found) != 1:
+        how_many = f"{len(found)} sources" if found else "no source"
         raise _error(
-            f"a {item['type']} of {place} names its source {len(found)} times",
+            f"{place} has a part of type {item['type']!r} that names {how_many}",
             f"give exactly one of {', '.join(keys)}",
         )
     value = item[found[0]]

@@ -96,7 +96,7 @@ def open_image(
         try:
             return picture.convert("RGB")
         except PIL.Image.DecompressionBombError as error:
-            raise _oversized(where, str(error), source) from error
+            raise _oversized(where, str(error).rstrip("."), source) from error
         except _DECODING_ERRORS as error:
             raise _corrupt(where, error, source) from error
 
@@ -202,7 +202,7 @@ def _header(file: io.BytesIO | Path, *, where: str, source: str) -> PIL.Image.Im
             remedy=f"use one of {', '.join(_FORMATS)}",
         ) from error
     except PIL.Image.DecompressionBombError as error:
-        raise _oversized(where, str(error), source) from error
+        raise _oversized(where, str(error).rstrip("."), source) from error
     except _DECODING_ERRORS as error:
         raise _corrupt(where, error, source) from error
 

@@ -93,7 +93,7 @@ def parse_record(
     videos = _videos(fields, root, source)
     if images and videos:
         raise DataError(
-            f"the record has {len(images)} images and a video",
+            f"the record has {counted(len(images), 'image')} and a video",
             kind="bad_field",
             source=source,
             field="video",
@@ -327,7 +327,8 @@ def _with_marks(
         return [*turns[: places[0]], marked, *turns[places[0] + 1 :]]
     if num_marks != len(media):
         raise DataError(
-            f"{num_marks} {mark} marks in the human turns but {len(media)} {noun}s in the record",
+            f"{counted(num_marks, f'{mark} mark')} in the human turns but "
+            f"{counted(len(media), noun)} in the record",
             kind=f"{noun}_count",
             source=source,
             field=first.field,
@@ -355,6 +356,16 @@ def _record_id(value: object, position: str, source: str) -> str:
     own = f"{value}" if isinstance(value, str | int) else ""
     own = own.encode(errors="backslashreplace").decode()  # it is hashed as UTF-8 later
     return ":".join(part for part in (position, own) if part) or source
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, for errors.
+
+    Args:
+        number: How many.
+        noun: In the singular.
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _is_absent(value: object) -> bool:

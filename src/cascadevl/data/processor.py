@@ -235,7 +235,8 @@ class CascadeVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         Args:
             conversation: One conversation or a list of them; see `to_messages`.
             add_generation_prompt: End with the header of the answer to come.
-            tokenize: False returns text, with ``<IMG_CONTEXT>`` in each picture's place.
+            tokenize: False returns text, with ``<IMG_CONTEXT>`` in each picture's place; a picture
+                may then be ``{"type": "image"}`` alone, and be given to the call later.
             return_dict: True returns a `BatchFeature`, False the ids alone.
             system: As in `prompt`, like the next two.
             thinking: True asks for reasoning.
@@ -300,7 +301,7 @@ class CascadeVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
     def _text(self, conversation: Conversation, end: End, mode: _Mode) -> str:
         """A conversation as text, each picture as its placeholder, each video as its mark."""
         messages = []
-        for message in to_messages(conversation):
+        for message in to_messages(conversation, placeholders=True):
             check_text(message, self.builder.control)
             parts = (VIDEO_MARK if isinstance(part, VideoRef) else part for part in message.parts)
             messages.append(replace(message, parts=tuple(parts)))

@@ -66,7 +66,14 @@ def read_meta(path: Path) -> list[DatasetSpec]:
         DataError: Of kind ``missing_file``, ``invalid_json``, ``bad_meta`` or
             ``unsupported_source``.
     """
-    entries = decode_json(_read(path), source=str(path))
+    try:
+        entries = decode_json(_read(path), source=str(path))
+    except DataError as error:
+        if path.suffix != ".jsonl":
+            raise
+        raise _bad_meta(
+            "this is a file of records, not a meta file", path, None, _META_REMEDY
+        ) from error
     if not isinstance(entries, dict) or not entries:
         raise _bad_meta("the meta file holds no data set", path, None, _META_REMEDY)
     return [_spec(name, entry, path) for name, entry in entries.items()]

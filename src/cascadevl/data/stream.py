@@ -250,15 +250,17 @@ class BatchStream:
         bad = sum(skipped.count for skipped in self._skipped.values())
         if bad <= self._config.max_skipped_share * self._num_draws:
             return
-        counts = "; ".join(
-            f"{dataset}: {skipped.count} x {kind}, first: {skipped.first}"
-            for (dataset, kind), skipped in self._skipped.items()
+        worst_first = sorted(self._skipped.items(), key=lambda item: -item[1].count)
+        counts = "".join(
+            f"\n  {skipped.count} x {kind} of {dataset}, first: {skipped.first}"
+            for (dataset, kind), skipped in worst_first
         )
         raise DataError(
             f"{bad} of {self._num_draws} records drawn cannot be used, more than the share of "
-            f"{self._config.max_skipped_share} that is allowed ({counts})",
+            f"{self._config.max_skipped_share} that is allowed",
             kind="too_many_skipped",
-            remedy="mend the data, or raise max_skipped_share",
+            remedy="mend the data (`cascadevl data check` names every bad record), or raise "
+            f"max_skipped_share; left out were{counts}",
         )
 
     def _build(self, draw: Draw) -> tuple[Example, Size]:

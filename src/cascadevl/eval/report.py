@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import PIL.Image
+from jaxtyping import Float, Int
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -64,6 +65,8 @@ class Plot:
         note: A sentence below.
         marks: Steps at which a stage ends.
         smooth: Values averaged for a line; the raw ones stay visible behind it.
+        y_range: Ends of the vertical axis; None fits it to the values.
+        log_scale: Whether the vertical axis is logarithmic.
     """
 
     title: str
@@ -72,6 +75,8 @@ class Plot:
     note: str = ""
     marks: Sequence[int] = ()
     smooth: int = 1
+    y_range: tuple[float, float] | None = None
+    log_scale: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -149,23 +154,31 @@ def draw(plot: Plot) -> bytes:
         steps, values = np.asarray(curve.steps), np.asarray(curve.values, dtype=np.float64)
         if plot.smooth > 1 and len(values) > plot.smooth:
             (raw,) = axes.plot(steps, values, linewidth=0.7, alpha=0.25)
-            kernel = np.ones(plot.smooth) / plot.smooth
-            centre = plot.smooth // 2
-            steps = steps[centre : centre + len(values) - plot.smooth + 1]
-            values = np.convolve(values, kernel, mode="valid")
+            steps, values = smoothed(steps, values, plot.smooth)
             axes.plot(steps, values, linewidth=1.8, color=raw.get_color(), label=curve.name)
         else:
             axes.plot(steps, values, linewidth=1.8, marker="o", markersize=3.5, label=curve.name)
     for mark in plot.marks:
         axes.axvline(mark, color="0.6", linewidth=1, linestyle="--")
-    axes.set(xlabel="step", ylabel=plot.y_label)
-    axes.grid(alpha=0.25)
+    axes.set(xlabel="step", ylabel=plot.y_label, yscale="log" if plot.log_scale else "linear")
+    if plot.y_range is not None:
+        axes.set_ylim(*plot.y_range)
+    axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     if len(plot.curves) > 1:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def smoothed(
+    steps: Int[np.ndarray, " points"], values: Float[np.ndarray, " points"], window: int
+) -> tuple[Int[np.ndarray, " means"], Float[np.ndarray, " means"]]:
+    """Means over so many neighbouring values, each at the step in their middle."""
+    means = np.convolve(values, np.ones(window) / window, mode="valid")
+    middle = window // 2
+    return steps[middle : middle + len(means)], means
 
 
 def _table_row(number: int, stages: Sequence[StageScores]) -> dict[str, object]:

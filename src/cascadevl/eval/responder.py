@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.model.generation import answer
@@ -16,6 +16,7 @@ from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.types import Message
 
 
+@runtime_checkable
 class Responder(Protocol):
     """Answers conversations."""
 

@@ -143,7 +143,7 @@ def make_trainable(
         language="language" in config.frozen,
     )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+        model.activation_checkpointing_enable()
     nn.Module.to(model, accelerator.device)
     model.train()
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from cascadevl.data.example import ExampleBuilder, ExampleConfig
+from cascadevl.data.hub import open_source
 from cascadevl.data.mixture import Mixture, WeightedSource
 from cascadevl.data.packing import FixedRows, Packer
 from cascadevl.data.prefetch import Prefetcher
 from cascadevl.data.processor import CascadeVLProcessor
-from cascadevl.data.records import JsonlSource, read_meta
+from cascadevl.data.records import read_meta
 from cascadevl.data.stream import BatchStream, CollateConfig, StreamConfig
 from cascadevl.errors import ConfigError
 from cascadevl.model.configuration import CascadeVLConfig
@@ -38,7 +39,7 @@ def sources_of_meta(paths: Sequence[Path]) -> list[WeightedSource]:
             "there is nothing to train on; name a meta file with --data.meta '[meta.json]'"
         )
     specs = [spec for path in paths for spec in read_meta(path)]
-    return [WeightedSource(source=JsonlSource(spec)) for spec in specs]
+    return [WeightedSource(source=open_source(spec)) for spec in specs]
 
 
 def example_config(data: DataConfig, processor: CascadeVLProcessor, seed: int) -> ExampleConfig:

@@ -96,7 +96,7 @@ def _processor(config: TrainConfig) -> CascadeVLProcessor:
         return load_processor(find(config.model.path))
     if config.model.preset is not None:
         return from_scratch(config.model, None, seed=config.run.seed)[1]
-    raise ConfigError("there is no model to see the samples; give model.path or model.preset")
+    raise ConfigError("there is no model to see the samples; give --model DIR")
 
 
 def _seen(example: Example, dataset: str, processor: CascadeVLProcessor) -> SeenSample:

@@ -1,8 +1,9 @@
 """The nano recipe: what `make demo` trains, on what, for how long, and what it is asked.
 
 Two stages, as in the reports: pre-training on pictures with dense descriptions and questions,
-then SFT on questions alone. Easy comes before hard: one large digit before two. Steps and sizes
-are fixed, so the run is the same everywhere; only its duration depends on the machine.
+then SFT on questions alone. Easy comes before hard: one large digit before two, four shapes of
+three kinds before six of four. Steps and sizes are fixed, so the run is the same everywhere; only
+its duration depends on the machine.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ def _source(label: str, task: Task, weight: float, stage: Stage) -> WeightedSour
 
 
 def pretrain_sources() -> list[WeightedSource]:
-    """The mixture of the first stage: single digits and shapes, each with its description."""
+    """The mixture of the first stage: large digits and few shapes, each with its description."""
     return [
         _source("one digit", Handwriting(difficulty="one", num_questions=3), 0.25, "pretrain"),
         _source("two digits", Handwriting(difficulty="two", num_questions=3), 0.25, "pretrain"),
-        _source("shapes", Shapes(difficulty="easy", num_questions=4), 0.35, "pretrain"),
+        _source("few shapes", Shapes(difficulty="easy", num_questions=4), 0.35, "pretrain"),
         _source("easy-VQA", EasyVQA(num_questions=4), 0.15, "pretrain"),
     ]
 
@@ -64,9 +65,10 @@ def pretrain_sources() -> list[WeightedSource]:
 def sft_sources() -> list[WeightedSource]:
     """The mixture of the second stage: questions alone, more of what is harder."""
     return [
-        _source("one digit", Handwriting(difficulty="one", num_questions=3), 0.10, "sft"),
-        _source("two digits", Handwriting(difficulty="two", num_questions=4), 0.35, "sft"),
-        _source("shapes", Shapes(difficulty="easy", num_questions=5), 0.40, "sft"),
+        _source("one digit", Handwriting(difficulty="one", num_questions=2), 0.08, "sft"),
+        _source("two digits", Handwriting(difficulty="two", num_questions=4), 0.32, "sft"),
+        _source("few shapes", Shapes(difficulty="easy", num_questions=4), 0.15, "sft"),
+        _source("shapes", Shapes(difficulty="full", num_questions=5), 0.30, "sft"),
         _source("easy-VQA", EasyVQA(num_questions=5), 0.15, "sft"),
     ]
 
@@ -141,39 +143,61 @@ def suite(num_questions: int) -> Sequence[SuiteRow]:
     Args:
         num_questions: Of each row.
     """
-    two, shapes = Handwriting(difficulty="two"), Shapes(difficulty="easy", num_questions=4)
+    shapes = Shapes(difficulty="full", num_questions=8)
     return (
         SuiteRow(
             name="handwritten numbers of one digit",
+            short="one digit",
             task=Handwriting(difficulty="one", num_questions=3),
             num_questions=num_questions,
             keep=_kind("number"),
         ),
         SuiteRow(
             name="handwritten numbers of two digits",
-            task=two,
+            short="two digits",
+            task=Handwriting(difficulty="two"),
             num_questions=num_questions,
             keep=lambda question: question.kind == "number" and len(question.answer) == 2,
         ),
         SuiteRow(
             name="shapes: how many?",
+            short="how many",
             task=shapes,
             num_questions=num_questions,
             keep=_kind("count"),
         ),
         SuiteRow(
             name="shapes: is there ...?",
+            short="is there",
             task=shapes,
             num_questions=num_questions,
             keep=_kind("existence"),
         ),
         SuiteRow(
-            name="shapes: which color, which shape?",
+            name="shapes: how many of one color or shape?",
+            short="how many of",
             task=shapes,
             num_questions=num_questions,
-            keep=_kind("color", "shape"),
+            keep=_kind("count_color", "count_shape"),
         ),
         SuiteRow(
-            name="easy-VQA, its own test part", task=EasyVQA(), num_questions=num_questions
+            name="shapes: which color, which shape, where?",
+            short="which, where",
+            task=shapes,
+            num_questions=num_questions,
+            keep=_kind("color", "shape", "place"),
+        ),
+        SuiteRow(
+            name="shapes: list all with their places",
+            short="list all",
+            task=shapes,
+            num_questions=num_questions,
+            keep=_kind("list"),
+        ),
+        SuiteRow(
+            name="easy-VQA, its own test part",
+            short="easy-VQA",
+            task=EasyVQA(),
+            num_questions=num_questions,
         ),
     )

@@ -1,0 +1,159 @@
+"""What the demo shows of itself: the table in the terminal, the page, commands to try next."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from cascadevl.eval.report import Curve, Plot, Report, StageScores, percent
+from cascadevl.version import __version__
+
+
+def score_table(stages: Sequence[StageScores]) -> Table:
+    """Scores of all stages so far, narrow enough for a terminal of 80 columns."""
+    table = Table(title="percent right (95 % interval)", title_justify="left")
+    table.add_column("question")
+    table.add_column("most\nfrequent", justify="right")
+    for stage in stages:
+        table.add_column(stage.name, justify="right")
+    for number, first in enumerate(stages[0].scores):
+        shares = [percent(stage.scores[number].estimate) for stage in stages]
+        cells = [f"{value} ({interval.replace(' to ', '-')})" for value, interval in shares]
+        table.add_row(first.label, f"{100 * first.baseline.share:.1f}", *cells)
+    return table
+
+
+def build_report(
+    stages: Sequence[StageScores],
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    losses: Sequence[tuple[int, float]],
+    *,
+    marks: Sequence[int],
+    facts: Mapping[str, str],
+    commands: str,
+) -> Report:
+    """The page.
+
+    Args:
+        stages: Scores before and after each stage.
+        curves: Of every row, step and share of right answers.
+        losses: Step and loss.
+        marks: Steps at which a stage ends and another begins.
+        facts: Names and values about the run.
+        commands: What a reader can type next.
+    """
+    rows = [
+        Curve(
+            name=row,
+            steps=[step for step, _ in points],
+            values=[100 * share for _, share in points],
+        )
+        for row, points in curves.items()
+    ]
+    loss = Curve(
+        name="loss", steps=[step for step, _ in losses], values=[value for _, value in losses]
+    )
+    return Report(
+        title="From a picture to a trained answer",
+        lead="A model of the InternVL architecture, trained from random weights on handwriting, "
+        "shapes and easy-VQA through pre-training and SFT, and asked about pictures it never saw.",
+        stages=stages,
+        plots=[
+            Plot(
+                title="Learning curves",
+                curves=rows,
+                y_label="percent right",
+                marks=marks,
+                y_range=(-2.0, 102.0),
+                note="A small examination a point, with other held-out questions than in the "
+                "table; the dashed line is where pre-training ends and SFT begins.",
+            ),
+            Plot(
+                title="Loss",
+                curves=[loss],
+                y_label="square-averaged loss",
+                marks=marks,
+                smooth=9,
+                log_scale=True,
+                note="Pre-training also predicts descriptions, so the two stages' losses are not "
+                "of the same text.",
+            ),
+        ],
+        facts=facts,
+        commands=commands,
+    )
+
+
+def save_pictures(stage: StageScores, folder: Path) -> list[tuple[Path, str]]:
+    """Write one held-out picture of each row, so that a reader has something to ask about.
+
+    Args:
+        stage: Whose pictures; the first that was answered rightly, else the first.
+        folder: Where they go.
+
+    Returns:
+        Each file with a question about it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs: list[tuple[Path, str]] = []
+    for score in stage.scores:
+        answered = next((each for each in score.answered if each.right), score.answered[0])
+        if answered.asked.scene.image is not None:
+            words = "".join(c if c.isalnum() else " " for c in score.label).split()
+            path = folder / f"{'-'.join(words)}.png"
+            answered.asked.scene.image.save(path)
+            pairs.append((path, answered.asked.question.prompt))
+    return pairs
+
+
+def chat_commands(model: Path, pictures: Sequence[tuple[Path, str]]) -> str:
+    """Commands that ask the model about the saved pictures, one a line."""
+    beside = Path(sys.executable).with_name("cascadevl")
+    local = Path(".venv/bin/cascadevl")
+    program = str(local if local.exists() and local.samefile(beside) else "cascadevl")
+    return "\n".join(
+        shlex.join([program, "chat", str(model), "--image", str(path), "--question", question])
+        for path, question in pictures
+    )
+
+
+def read_losses(folder: Path) -> list[tuple[int, float]]:
+    """Step and loss of a run, from its log."""
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [(int(row["step"]), float(row["loss"])) for row in rows if "loss" in row]
+
+
+def machine_facts() -> dict[str, str]:
+    """What the run was made on and with."""
+    return {
+        "machine": f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": f"cascadevl {__version__}, torch {torch.__version__}",
+    }
+
+
+def num_parameters(module: torch.nn.Module) -> str:
+    """Parameters in millions, for people."""
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters"
+
+
+def minutes(seconds: float) -> str:
+    """A duration for people."""
+    return f"{seconds / 60:.1f} minutes"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
