@@ -21,7 +21,5 @@ def test_published_configuration_is_the_demos(stage: str) -> None:
     model = None if stage == "pretrain" else Path(str(published.model.path))
     used = nano.stage_config(stage, published.run.out, num_steps=steps, model=model)
     # How often the demo looks at its model, and that it resumes, is the demo's own affair.
-    run = replace(
-        used.run, resume=published.run.resume, eval_interval=published.run.eval_interval
-    )
+    run = replace(used.run, resume=published.run.resume, eval_interval=published.run.eval_interval)
     assert replace(used, run=run) == published
