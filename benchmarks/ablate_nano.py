@@ -29,6 +29,7 @@ from cascadevl.train.pretrain import pretrain
 from cascadevl.workflows import nano
 
 EXAM_SEED = 77
+ANSWER_TOKENS = 32
 
 VARIANTS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     "demo": lambda c: c,
@@ -77,7 +78,9 @@ def run_variant(name: str, num_steps: int, num_questions: int, seed: int) -> dic
         )
         elapsed_s = time.perf_counter() - began_s
         model, processor = load(str(result.model_path), dtype=torch.bfloat16)
-        responder = ModelResponder(model=model.eval(), processor=processor, max_new_tokens=8)
+        responder = ModelResponder(
+            model=model.eval(), processor=processor, max_new_tokens=ANSWER_TOKENS
+        )
         scores = run_suite(responder, nano.suite(num_questions), seed=EXAM_SEED)
     finally:
         shutil.rmtree(folder)

@@ -19,18 +19,18 @@ from cascadevl.workflows.show import draw, lay_out
 # A picture to look at: a receipt, tall and narrow, with small print.
 
 # %%
-picture = PIL.Image.new("RGB", (360, 800), "white")
+picture = PIL.Image.new("RGB", (720, 1600), "white")
 pen = PIL.ImageDraw.Draw(picture)
 for line in range(24):
-    pen.text(
-        (20, 20 + 32 * line), f"item {line + 1:02d} ........ {3 * line + 1:3d}.00", fill="black"
-    )
+    words = f"item {line + 1:02d} ........ {3 * line + 1:3d}.00"
+    pen.text((40, 40 + 64 * line), words, fill="black", font_size=40)
 
 # %% [markdown]
 # ## Which grid
 #
 # Of all grids with at most `max_tiles` tiles the one whose ratio of columns to rows is nearest to
-# the ratio of width to height wins. A larger limit allows a better match, and more detail.
+# the ratio of width to height wins; of several that match equally well, a larger one if the picture
+# has more than half of its pixels. A larger limit allows a better match, and more detail.
 
 # %%
 for max_tiles in (1, 4, 6, 12, 24):
@@ -75,7 +75,8 @@ print(f"{len(tiles)} tiles x 256 = {256 * len(tiles)} visual tokens")
 
 # %%
 for num_images in (1, 2, 5, 20):
-    print(f"{num_images:2d} pictures: at most {limit_for(num_images, tiling).max_tiles} tiles each")
+    limit = limit_for(num_images, tiling).max_tiles
+    print(f"number of pictures {num_images:2d}, most tiles of each {limit:2d}")
 
 # %% [markdown]
 # ## A drawing of it

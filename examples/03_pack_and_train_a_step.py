@@ -77,10 +77,10 @@ for span in describe(examples[0], tokenizer):
 # %% [markdown]
 # ## Packing
 #
-# Rows hold at most 128 tokens and 4 tiles here. A sample joins the open row that it fills best.
+# Rows hold at most 80 tokens and 4 tiles here. A sample joins the open row that it fills best.
 
 # %%
-packer = Packer(max_tokens=128, max_tiles=4)
+packer = Packer(max_tokens=80, max_tiles=4)
 rows = []
 for position, example in enumerate(examples):
     rows += packer.add(example, size_of(example, shape.tokens_per_tile), position)
@@ -127,7 +127,7 @@ for step in range(12):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
-    losses.append(float(loss))
+    losses.append(loss.item())
     if step % 3 == 2:
         print(f"step {step + 1:2d}: loss {losses[-1]:.3f}")
 assert losses[-1] < losses[0] / 2

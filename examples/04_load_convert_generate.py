@@ -76,7 +76,8 @@ for layout in ("hf", "github"):
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    output = model.generate(**inputs, max_new_tokens=8)
+    torch.manual_seed(0)
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=True)
     said.append(processor.decode(output[0, inputs["input_ids"].shape[1] :]))
     print(f"{layout:<7} {tuple(inputs['pixel_values'].shape)} {said[-1]!r}")
 assert said[0] == said[1]
@@ -102,5 +103,5 @@ prompts = [
     [{"role": "user", "content": [messages[0]["content"][0], {"type": "text", "text": text}]}]
     for text in ("A cat?", "A dog?", "A bird?")
 ]
-for one in answer(model, processor, prompts, max_new_tokens=4):
+for one in answer(model, processor, prompts, max_new_tokens=4, temperature=1.0, seed=0):
     print(f"{one.text!r} ({one.finish_reason})")

@@ -29,7 +29,7 @@ print("families:", ", ".join(TASKS))
 
 # %%
 task = Handwriting(difficulty="two", num_questions=4)
-scene = task.draw("test", seed=0, index=0)
+scene = task.draw("test", seed=0, index=6)
 folder = Path(tempfile.mkdtemp(prefix="cascadevl-"))
 scene.image.save(folder / "scene.png")
 print(f"{scene.scene_id}: {scene.description!r}, drawn in {folder / 'scene.png'}")
@@ -103,5 +103,5 @@ for answered in score.answered[:3]:
 
 # %%
 for num in (60, 400):
-    interval = wilson_interval(num // 2, num)
-    print(f"{num // 2} of {num}: {100 * interval.low:.0f} to {100 * interval.high:.0f} %")
+    low, high = wilson_interval(num // 2, num)
+    print(f"{num // 2} of {num}: {100 * low:.0f} to {100 * high:.0f} %")

@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from cascadevl.data.check import check
 
     tiling, measure = _measure(args)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    screen = Console(stderr=True)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
 
         def advance(name: str, done: int, total: int) -> None:
