@@ -5,11 +5,16 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from cascadevl.cli.main import make_parser
+from cascadevl.tasks import base
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -72,6 +77,44 @@ def test_make_targets_in_the_documents_exist():
     for document in DOCUMENTS:
         named = re.findall(r"`make ([a-z-]+)[^`]*`|^make ([a-z-]+)", document.read_text(), re.M)
         assert {first or second for first, second in named} <= targets, document
+
+
+def kinds_of_errors() -> set[str]:
+    """Every kind of `DataError` that the package raises."""
+    kinds: set[str] = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "DataError":
+                values = [each.value for each in node.keywords if each.arg == "kind"]
+                kinds |= {value.value for value in values if isinstance(value, ast.Constant)}
+    return kinds
+
+
+def test_every_kind_of_error_is_explained():
+    page = (ROOT / "docs" / "concepts" / "data.md").read_text(encoding="utf-8")
+    rows = page.partition("## Every kind of error")[2].splitlines()
+    first_cells = [row.split("|")[1] for row in rows if row.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", " ".join(first_cells))) == kinds_of_errors()
+
+
+def test_concept_pages_are_short():
+    for page in (ROOT / "docs" / "concepts").glob("*.md"):
+        assert len(page.read_text(encoding="utf-8").splitlines()) < 80, page
+
+
+def test_the_task_in_the_documents_is_a_task():
+    page = (ROOT / "docs" / "concepts" / "adding_a_task.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"dataclass": dataclass, "ClassVar": ClassVar, "np": np, "PIL": PIL}
+    names |= {name: getattr(base, name) for name in ("Question", "Scene", "Split")}
+    exec(code, names | {"scene_generator": base.scene_generator}, names)
+    task = names["Stripes"]()
+    assert isinstance(task, base.Task)
+    for index in range(20):
+        scene = task.draw("train", 0, index)
+        row = np.asarray(scene.image)[0, :, 0] < 128
+        num_stripes = int((row[1:] & ~row[:-1]).sum())
+        assert scene.questions[0].check(str(num_stripes))
 
 
 def tree() -> str:
