@@ -85,7 +85,8 @@ def find(name_or_path: str | Path) -> Path:
     try:
         return Path(snapshot_download(repository, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
-        how = f"; download it first: hf download {repository}" if "/" in repository else ""
+        is_hub_name = repository.count("/") == 1 and not repository.startswith((".", "/", "~"))
+        how = f"; download it first: hf download {repository}" if is_hub_name else ""
         raise CheckpointError(
             f"{name!r} is neither a folder nor a repository in the local Hugging Face cache{how}"
         ) from error

@@ -54,7 +54,10 @@ def sft(
 
     # The model: pre-trained, with the parts frozen that the run names.
     if config.model.path is None:
-        raise ConfigError("fine-tuning starts from a model; give model.path (not a preset)")
+        raise ConfigError(
+            "fine-tuning starts from a model; name its folder with --model DIR (model.path), "
+            "not a preset"
+        )
     model, processor = start_from(config.model)
     make_trainable(model, config.model, accelerator)
 

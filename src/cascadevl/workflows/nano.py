@@ -31,8 +31,8 @@ VOCAB_SIZE = 1024
 TRAINING_SCENES = 1_000_000
 """Scenes of a drawn family; more than any run visits, so that none comes twice."""
 
-PRETRAIN_STEPS = 800
-SFT_STEPS = 1200
+PRETRAIN_STEPS = 600
+SFT_STEPS = 900
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
