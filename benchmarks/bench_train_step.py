@@ -16,6 +16,7 @@ document. Run: ``python benchmarks/bench_train_step.py --repeats 20 --threads 2`
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -280,6 +281,11 @@ def compare(form: str, arguments: argparse.Namespace) -> dict[str, object]:
         model, peers.input_ids.numel(), len(peers.pixel_values), peers.input_ids.numel()
     )
     steps = {name: peer_step(peer_model(model, name), peers) for name in PEER_ATTENTION}
+    if arguments.compile:
+        compiled = copy.deepcopy(model)
+        compiled.model.vision_tower.compile()
+        compiled.model.language_model.compile()
+        steps = {"ours, compiled": our_step(compiled, batch), **steps}
     steps = {"ours": our_step(model, batch), **steps}
     seconds = time_interleaved(steps, arguments.repeats, arguments.warmup)
     peer = min(PEER_ATTENTION, key=lambda name: statistics.median(seconds[name]))
@@ -293,7 +299,7 @@ def compare(form: str, arguments: argparse.Namespace) -> dict[str, object]:
     )
     for name, values in seconds.items():
         part = quartiles([1e3 * value for value in values])
-        print(f"  {name:6s} {part[1]:8.1f} ms (quartiles {part[0]:.1f}-{part[2]:.1f})")
+        print(f"  {name:14s} {part[1]:8.1f} ms (quartiles {part[0]:.1f}-{part[2]:.1f})")
     return {
         "form": form,
         "ratio": median,
@@ -314,6 +320,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="steps of each before them")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--pictures", type=int, default=16, help="pictures of a step")
+    parser.add_argument(
+        "--compile", action="store_true", help="also our step with compiled bodies (run.compile)"
+    )
     parser.add_argument("--rows", type=int, default=1, help="packed rows of our step")
     parser.add_argument("--vocab-size", type=int, default=512, help="tokens of the vocabulary")
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
