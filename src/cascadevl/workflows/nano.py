@@ -108,7 +108,7 @@ def stage_config(stage: str, out: Path, *, num_steps: int, model: Path | None) -
         model=ModelConfig(
             path=None if model is None else str(model), preset="nano" if model is None else None
         ),
-        # No batches made ahead: on two cores that thread halves the speed of the other two.
+        # No batches made ahead: on two cores that thread makes torch's two wait for it.
         data=DataConfig(max_tokens=2048, jpeg=True, prefetch=0),
         # Under Muon 32 pictures a step learned more in the same time than 16.
         batch=BatchConfig(packing="count", row_samples=32),
