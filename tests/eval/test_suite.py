@@ -17,7 +17,7 @@ ROWS = {row.name: row for row in suite()}
 
 
 def asked(*answers: str, metric: str = "exact") -> list[Asked]:
-    scene = Scene(scene_id="s", image=None, questions=(), description="")
+    scene = Scene(scene_id="s", images=(), questions=(), description="")
     return [
         Asked(
             row="r",

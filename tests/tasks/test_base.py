@@ -28,7 +28,7 @@ ALL = setups()
 QUESTION = Question(prompt="2 + 3?", answer="5", kind="add", reasoning="2 + 3 = 5")
 SCENE = Scene(
     scene_id="s/1",
-    image=PIL.Image.new("RGB", (8, 8)),
+    images=(PIL.Image.new("RGB", (8, 8)),),
     questions=(QUESTION, Question(prompt="Is it?", answer="yes", kind="yes_no")),
     description="Nothing.",
 )
@@ -192,7 +192,7 @@ def test_chance_level_counts_by_kind() -> None:
 
         def draw(self, split: str, seed: int, index: int) -> Scene:
             question = Question(prompt="?", answer="ab"[index % 4 == 0], kind="k")
-            return Scene(scene_id=str(index), image=None, questions=(question,), description="")
+            return Scene(scene_id=str(index), images=(), questions=(question,), description="")
 
     chance = chance_levels(Loaded(), num_scenes=8)["k"]
     assert (chance.answer, chance.share, chance.num) == ("a", 0.75, 8)

@@ -9,6 +9,7 @@ from cascadevl.tasks.charts import Charts
 from cascadevl.tasks.easy_vqa import EasyVQA
 from cascadevl.tasks.grounding import Grounding
 from cascadevl.tasks.handwriting import Handwriting
+from cascadevl.tasks.needle import Needle
 from cascadevl.tasks.printed import Printed
 from cascadevl.tasks.shapes import Shapes
 from cascadevl.tasks.text import Text
@@ -18,6 +19,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "easy_vqa": EasyVQA,
     "grounding": Grounding,
     "handwriting": Handwriting,
+    "needle": Needle,
     "printed": Printed,
     "shapes": Shapes,
     "text": Text,

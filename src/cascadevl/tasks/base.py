@@ -86,19 +86,24 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scene:
-    """One picture (or none) and what can be asked about it.
+    """One picture (or none, or several) and what can be asked about it.
 
     Attributes:
         scene_id: Identity: task, settings, split, seed and index.
-        image: The picture, RGB; None for tasks of text alone.
+        images: The pictures, RGB, in the order they are shown; none for tasks of text alone.
         questions: In the order they are asked.
         description: A dense description; empty for tasks of text alone.
     """
 
     scene_id: str
-    image: PIL.Image.Image | None
+    images: tuple[PIL.Image.Image, ...]
     questions: tuple[Question, ...]
     description: str
+
+    @property
+    def image(self) -> PIL.Image.Image | None:
+        """The first picture, for most tasks the only one; None if there is none."""
+        return self.images[0] if self.images else None
 
 
 @runtime_checkable
@@ -139,9 +144,9 @@ def pick_kinds(
 
 
 def to_record(scene: Scene, *, task: str, stage: Stage = "sft", style: Style = "steps") -> Record:
-    """A scene as the data path takes it: the picture once, every question a branch from it.
+    """A scene as the data path takes it: pictures once, every question a branch from them.
 
-    ``sft``: the user's turn opens with the picture alone; each branch continues that turn with a
+    ``sft``: the user's turn opens with the pictures alone; each branch continues that turn with a
     question and adds the answer. ``pretrain``: the same, and a first branch that asks for the
     dense description. ``document``: one interleaved pre-training text, picture first, then the
     description, the questions and the answers. A scene without picture is a conversation of
@@ -159,15 +164,15 @@ def to_record(scene: Scene, *, task: str, stage: Stage = "sft", style: Style = "
     messages: tuple[Message, ...]
     branches: tuple[tuple[Message, ...], ...] = ()
     if stage == "document":
-        picture = () if scene.image is None else (ImageRef(scene.image), "\n")
+        pictures = (*_shown(scene), "\n") if scene.images else ()
         lines = [f"{prompt} {response}" for prompt, response in pairs]
         if scene.description:
             lines[0] = scene.description
-        messages = (Message.of("pretrain", *picture, "\n".join(lines)),)
-    elif scene.image is None:
+        messages = (Message.of("pretrain", *pictures, "\n".join(lines)),)
+    elif not scene.images:
         messages = tuple(turn for pair in pairs for turn in _turns(*pair))
     else:
-        messages = (Message.of("user", ImageRef(scene.image)),)
+        messages = (Message.of("user", *_shown(scene)),)
         # A picture and its question stand on lines of their own, as in released data.
         branches = tuple(_turns(f"\n{prompt}", response) for prompt, response in pairs)
     return Record(
@@ -181,9 +186,14 @@ def to_record(scene: Scene, *, task: str, stage: Stage = "sft", style: Style = "
 
 def to_prompt(scene: Scene, question: Question) -> tuple[Message, ...]:
     """A question as a conversation that waits for its answer, in the form it was trained in."""
-    if scene.image is None:
+    if not scene.images:
         return (Message.of("user", question.prompt),)
-    return (Message.of("user", ImageRef(scene.image), f"\n{question.prompt}"),)
+    return (Message.of("user", *_shown(scene), f"\n{question.prompt}"),)
+
+
+def _shown(scene: Scene) -> tuple[ImageRef, ...]:
+    """The pictures side by side, without a text between them: positions go to what is seen."""
+    return tuple(ImageRef(image) for image in scene.images)
 
 
 def _turns(prompt: str, response: str) -> tuple[Message, Message]:

@@ -135,7 +135,7 @@ class Charts:
                 questions.append(question)
         return Scene(
             scene_id=f"{self.name}/{self.difficulty}/{self.px}px/{split}/{seed}:{index}",
-            image=render(chart, self.px),
+            images=(render(chart, self.px),),
             questions=tuple(questions),
             description=describe(chart),
         )

@@ -62,7 +62,7 @@ class EasyVQA:
             image = file.convert("RGB").resize((self.px, self.px), PIL.Image.Resampling.BICUBIC)
         return Scene(
             scene_id=f"{self.name}/{self.px}px/{split}/{picture.path.stem}/{seed}:{index}",
-            image=image,
+            images=(image,),
             questions=tuple(_question(*picture.asked[int(number)]) for number in chosen),
             description=describe(picture),
         )

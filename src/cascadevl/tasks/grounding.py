@@ -59,7 +59,7 @@ class Grounding:
         order = generator.permutation(len(questions))[: self.num_questions]
         return Scene(
             scene_id=f"{self.name}/{self.difficulty}/{self.px}px/{split}/{seed}:{index}",
-            image=render(things, paper, self.px),
+            images=(render(things, paper, self.px),),
             questions=tuple(questions[int(number)] for number in order),
             description=", ".join(tagged(thing.full_name, [thing]) for thing in things),
         )

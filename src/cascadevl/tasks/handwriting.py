@@ -168,7 +168,7 @@ class Handwriting:
         image, _ = render_rows(generator, rows, level, load_scans(split), self.px)
         return Scene(
             scene_id=f"{self.name}/{self.difficulty}/{self.px}px/{split}/{seed}:{index}",
-            image=image,
+            images=(image,),
             questions=tuple(questions),
             description=describe(rows),
         )

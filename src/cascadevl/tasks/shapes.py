@@ -175,7 +175,7 @@ class Shapes:
                 questions.append(question)
         return Scene(
             scene_id=f"{self.name}/{self.difficulty}/{self.px}px/{split}/{seed}:{index}",
-            image=render(things, paper, self.px),
+            images=(render(things, paper, self.px),),
             questions=tuple(questions),
             description=describe(things),
         )

@@ -97,7 +97,7 @@ class Text:
         questions = [self._ask(generator, self.kinds[int(number)], split) for number in order]
         return Scene(
             scene_id=f"{self.name}/{self.difficulty}/{split}/{seed}:{index}",
-            image=None,
+            images=(),
             questions=tuple(questions),
             description="",
         )
