@@ -42,7 +42,10 @@ DIFFICULTIES = {
 
 def setups() -> dict[str, Task]:
     """Every family at every difficulty, all questions asked in all wordings."""
-    tasks: dict[str, Task] = {"easy_vqa": TASKS["easy_vqa"](num_questions=50)}
+    tasks: dict[str, Task] = {
+        "easy_vqa": TASKS["easy_vqa"](num_questions=50),
+        "needle": TASKS["needle"](num_pictures=(3, 3), num_questions=3, num_phrasings=2),
+    }
     for family, difficulties in DIFFICULTIES.items():
         wordings = {} if family == "grounding" else {"num_phrasings": 2}
         for difficulty in difficulties:
@@ -67,13 +70,14 @@ def scene_lines(scene: Scene) -> list[str]:
 
 
 def picture_fields(scene: Scene) -> list[int]:
-    """Mean colour of 4 x 4 fields, rounded; empty without a picture."""
-    if scene.image is None:
-        return []
-    pixels = np.asarray(scene.image, dtype=np.float64)
-    side = len(pixels) // FIELDS
-    fields = pixels.reshape(FIELDS, side, FIELDS, side, 3).mean(axis=(1, 3))
-    return [round(value) for value in fields.ravel().tolist()]
+    """Mean colour of 4 x 4 fields of each picture, rounded; empty without one."""
+    colours: list[int] = []
+    for image in scene.images:
+        pixels = np.asarray(image, dtype=np.float64)
+        side = len(pixels) // FIELDS
+        fields = pixels.reshape(FIELDS, side, FIELDS, side, 3).mean(axis=(1, 3))
+        colours += [round(value) for value in fields.ravel().tolist()]
+    return colours
 
 
 def snapshot_scenes(task: Task, split: Split) -> dict[str, Any]:
