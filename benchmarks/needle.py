@@ -40,6 +40,7 @@ from cascadevl.tasks.needle import Needle
 from cascadevl.tasks.shapes import Shapes
 from cascadevl.train.config import TrainConfig
 from cascadevl.train.pretrain import pretrain
+from cascadevl.train.run import TrainResult
 from cascadevl.train.sft import sft
 from cascadevl.workflows import nano
 
@@ -93,10 +94,16 @@ def make_base(out: Path, num_steps: int) -> Path:
         tokenizer=nano.tokenizer(),
         console=quiet,
     )
-    config = nano.stage_config("sft", out / "sft", num_steps=num_steps, model=first.model_path)
-    second = sft(config, sources=nano.sft_sources(), console=quiet)
-    assert second.model_path is not None, "the run was not asked to stop"
-    return second.model_path
+    path = finished(first)
+    config = nano.stage_config("sft", out / "sft", num_steps=num_steps, model=path)
+    return finished(sft(config, sources=nano.sft_sources(), console=quiet))
+
+
+def finished(result: TrainResult) -> Path:
+    """The model of a run; the program ends where the run was asked to stop."""
+    if result.model_path is None:
+        raise SystemExit("asked to stop; the same command goes on from here")
+    return result.model_path
 
 
 def sources() -> list[WeightedSource]:
@@ -121,9 +128,7 @@ def train_arm(arm: str, seed: int, base: Path, out: Path, num_steps: int, rows: 
         batch=replace(config.batch, row_samples=rows),
         run=replace(config.run, seed=100 + seed, eval_interval=0),
     )
-    result = sft(config, sources=sources(), console=Console(quiet=True))
-    assert result.model_path is not None, "the run was not asked to stop"
-    return result.model_path
+    return finished(sft(config, sources=sources(), console=Console(quiet=True)))
 
 
 def examine(path: Path, seed: int, num_questions: int) -> dict[str, Any]:
