@@ -268,7 +268,7 @@ def draw(summary: Sequence[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(ARMS), sharey=True)
     for axis, arm in zip(axes, ARMS, strict=True):
-        for increment in ("auto", *(label(value) for value in INCREMENTS)):
+        for number, increment in enumerate(("auto", *(label(value) for value in INCREMENTS))):
             points = [
                 s
                 for s in summary
@@ -276,7 +276,8 @@ def draw(summary: Sequence[dict[str, Any]], path: Path) -> None:
             ]
             if not points:
                 continue
-            x = [int(s["row"].rstrip("x")) for s in points]
+            shift = 1.02 ** (number - 3)  # side by side, so that intervals can be told apart
+            x = [int(s["row"].rstrip("x")) * shift for s in points]
             y = [s["percent"] for s in points]
             spread = [[s["percent"] - s["low"] for s in points],
                       [s["high"] - s["percent"] for s in points]]  # fmt: skip

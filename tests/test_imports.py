@@ -8,6 +8,7 @@ import pytest
 
 from cascadevl.config import load_config
 from cascadevl.train.config import TrainConfig
+from cascadevl.workflows.mixture_config import MixtureSearchConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,4 +86,5 @@ def test_every_public_name_is_there():
     "file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name
 )
 def test_every_configuration_file_loads(file: Path):
-    load_config(TrainConfig, files=[file])
+    is_search = file.name.startswith("mixture_search")
+    load_config(MixtureSearchConfig if is_search else TrainConfig, files=[file])

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
 
 from cascadevl.errors import DataError
-from cascadevl.types import NO_PARENT
+from cascadevl.types import NO_PARENT, Example
 
 INCREMENTS = tuple(2.0**-power for power in range(9))
 """The increments training draws from: 1, 1/2, ..., 1/256 (InternVL3 report, eq. 4)."""
@@ -83,6 +83,23 @@ def position_ids(
         ends.append(origin - before + float(after[stop - 1]) if stop > start else origin)
     walk += np.repeat(shifts, np.diff(starts))
     return walk.astype(np.float32)
+
+
+def num_positions(example: Example, *, image_token_id: int, tokens_per_tile: int) -> int:
+    """Positions that an example takes at most: those of its longest branch.
+
+    Each image counts as rounded up to a whole number of positions, whether or not it will be.
+
+    Args:
+        example: The example; where its increments are open, the smallest counts.
+        image_token_id: The image-context token.
+        tokens_per_tile: Visual tokens of every tile.
+    """
+    tokens = np.multiply(example.tiles_per_image, tokens_per_tile)
+    increments = example.increments or (INCREMENTS[-1],) * len(tokens)
+    steps = np.ones(len(example.input_ids))
+    steps[example.input_ids == image_token_id] = np.ceil(np.round(tokens * increments, 6))
+    return int(position_ids(steps, example.segments, example.parents).max(initial=-1)) + 1
 
 
 def _rounding(at_ends: Float[np.ndarray, " images"]) -> Float[np.ndarray, " images"]:

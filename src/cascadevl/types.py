@@ -112,7 +112,8 @@ class Example:
             to its parents and, causally, to itself; its positions continue from its parent.
         tiles: RGB tiles of all images, in the order of the slots.
         tiles_per_image: Number of tiles of each image, thumbnail included.
-        increments: Position step of each image's visual tokens (V2PE).
+        increments: Position step of each image's visual tokens (V2PE); empty in a prompt, where
+            the model's configuration decides.
     """
 
     source: str

@@ -2,32 +2,54 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import PIL.Image
 import pytest
 from rich.console import Console
+from tests.model import make_checkpoints
 
 from cascadevl.cli.chat import Chat, user_message
 from cascadevl.cli.main import main
 from cascadevl.errors import RequestError
+from cascadevl.model import generation
 from cascadevl.types import ImageRef, Message
 
 
+@dataclass
+class Reply:
+    """Two pieces; cut off or with another increment where the question says so."""
+
+    messages: Sequence[Message]
+    increments: tuple[float, ...] = ()
+    finish_reason: str | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        text = self.messages[-1].text
+        yield f"[bold]{len(self.messages)}: "
+        if "stop" in text:
+            raise KeyboardInterrupt
+        yield text.strip() + "\n"
+        self.finish_reason = "length" if "long story" in text else "stop"
+
+
 class Echo:
-    """Answers with what it was asked, in two pieces, and remembers it."""
+    """Answers with what it was asked, and remembers it."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Message, ...]] = []
+        self.resets = 0
+        self.increments: tuple[float, ...] = ()
 
-    def __call__(self, messages: Sequence[Message]) -> Iterator[str]:
+    def ask(self, messages: Sequence[Message]) -> Reply:
         self.asked.append(tuple(messages))
         if "fail" in messages[-1].text:
             raise RequestError("too long")
-        yield f"[bold]{len(messages)}: "
-        if "stop" in messages[-1].text:
-            raise KeyboardInterrupt
-        yield messages[-1].text.strip() + "\n"
+        return Reply(messages, self.increments)
+
+    def reset(self) -> None:
+        self.resets += 1
 
 
 @pytest.fixture
@@ -58,7 +80,7 @@ def test_the_conversation_grows_with_question_and_answer(chat: Chat):
     shown = talk(chat, "hi", "", "and then?")
     assert [message.role for message in chat.messages] == ["user", "assistant"] * 2
     assert chat.messages[1].text == "[bold]1: hi\n"
-    assert chat.answerer.asked[1] == tuple(chat.messages[:3])
+    assert chat.session.asked[1] == tuple(chat.messages[:3])
     assert "[bold]3: and then?" in shown  # an answer is text, not markup
 
 
@@ -81,6 +103,25 @@ def test_reset_forgets_all_but_the_system_message(picture: Path):
     talk(chat, "one", "/reset", "two")
     assert [message.text for message in chat.messages[:2]] == ["be brief", "two"]
     assert [message.role for message in chat.messages] == ["system", "user", "assistant"]
+    assert chat.session.resets == 1
+
+
+def test_an_answer_that_was_cut_off_is_told(chat: Chat):
+    assert "cut off; a larger --max-new-tokens" not in talk(chat, "hi")
+    shown = talk(chat, "a long story")
+    assert "cut off; a larger --max-new-tokens" in shown
+    assert chat.messages[-1].text == "[bold]3: a long story\n"  # it is part of the conversation
+
+
+def test_reading_everything_again_with_a_smaller_increment_is_told(chat: Chat):
+    chat.session.increments = (0.5,)
+    assert "read again" not in talk(chat, "one", "two")
+    chat.session.increments = (0.125, 0.125)
+    shown = talk(chat, "three", "four")
+    assert shown.count("it fits only with increment 1/8, no longer with 1/2") == 1
+    talk(chat, "/reset")
+    chat.session.increments = (1 / 256,)
+    assert talk(chat, "five").count("read again") == 1
 
 
 def test_quit_ends_and_later_lines_are_not_read(chat: Chat):
@@ -161,3 +202,26 @@ def test_a_missing_picture_is_told_before_the_model_is_loaded(
 def test_a_missing_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["chat", str(tmp_path / "no_model"), "--question", "?"]) == 2
     assert "no_model" in capsys.readouterr().err
+
+
+def test_a_real_model_is_asked_with_the_increment_and_the_limit_of_the_command(
+    tmp_path: Path,
+    picture: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    prepared = []
+    prepare = generation.prepare
+    monkeypatch.setattr(
+        generation, "prepare", lambda *all_: prepared.append(prepare(*all_)) or prepared[-1]
+    )
+    model = make_checkpoints.write_github(tmp_path / "model", "qwen3")
+    words = ["chat", str(model), "--image", str(picture), "--question", "What?"]
+    assert main([*words, "--max-new-tokens", "3", "--increment", "1/4"]) == 0
+    shown = capsys.readouterr()
+    assert "cut off; a larger --max-new-tokens" in shown.err
+    assert "cut off" not in shown.out  # what goes into a pipe is the answer alone
+    assert prepared[0].increments == (0.25,)
+    with pytest.raises(SystemExit):
+        main([*words, "--increment", "2"])
+    assert "2 is not above 0 and at most 1" in capsys.readouterr().err

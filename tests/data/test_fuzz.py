@@ -17,8 +17,9 @@ import pytest
 
 from cascadevl.data.image import image_size, open_image
 from cascadevl.data.json_text import decode_json
+from cascadevl.data.meta import DatasetSpec, read_meta
 from cascadevl.data.parsing import parse_record
-from cascadevl.data.records import DatasetSpec, JsonlSource, read_meta
+from cascadevl.data.records import JsonlSource
 from cascadevl.errors import DataError
 from cascadevl.types import ImageRef, Record
 

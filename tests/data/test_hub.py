@@ -13,7 +13,8 @@ import pytest
 
 from cascadevl.data.hub import HuggingFaceSource, load_rows, open_source
 from cascadevl.data.image import open_image
-from cascadevl.data.records import DatasetSpec, JsonlSource
+from cascadevl.data.meta import DatasetSpec
+from cascadevl.data.records import JsonlSource
 from cascadevl.errors import ConfigError, DataError
 from cascadevl.types import ImageRef
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascadevl.data.mixture import Draw, Mixture, WeightedSource, next_position, permuted
+from cascadevl.data.mixture import Draw, Mixture, WeightedSource, next_position
+from cascadevl.data.permutation import permuted
 from cascadevl.errors import ConfigError
 from cascadevl.types import Message, Record
 

@@ -344,7 +344,9 @@ def test_control_tokens_of_a_person_are_refused(
 
 
 def test_the_jinja_template_without_system_message_is_the_released_one() -> None:
-    assert jinja_template(TEMPLATES["internvl2_5"], "") == RELEASED_JINJA
+    made = jinja_template(TEMPLATES["internvl2_5"], "")
+    assert made.startswith("{% if tools %}")  # which the released one does not look at
+    assert made.endswith("{% else %}" + RELEASED_JINJA + "{% endif %}")
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))

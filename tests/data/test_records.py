@@ -10,14 +10,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from cascadevl.data.meta import DatasetSpec, read_meta
 from cascadevl.data.parsing import parse_record
-from cascadevl.data.records import (
-    DatasetSpec,
-    JsonlSource,
-    read_meta,
-    read_records,
-    repeated_length,
-)
+from cascadevl.data.records import JsonlSource, read_records, repeated_length
 from cascadevl.errors import DataError
 from cascadevl.types import ImageRef, Message, Record, VideoRef
 
@@ -515,7 +510,7 @@ def test_meta_paths_fall_back_to_the_working_folder(folder, monkeypatch):
             "x.repeat_tmie",
             "did you mean 'repeat_time'?",
         ),
-        ({"annotation": "a.jsonl", "zzz": 1}, "bad_meta", "x.zzz", "Known are root, annotation"),
+        ({"annotation": "a.jsonl", "zzz": 1}, "bad_meta", "x.zzz", "Known are annotation, root"),
         ({"annotation": "a.jsonl", "repeat_time": 0}, "bad_meta", "x.repeat_time", "is 0"),
         ({"annotation": "a.jsonl", "repeat_time": "2"}, "bad_meta", "x.repeat_time", "is '2'"),
         (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from tests.model.bodies import BODIES, body_model
 from tests.model.packed import sample
 from tests.model.small import small_model
 from transformers import DynamicCache
@@ -56,6 +59,28 @@ def test_cached_generation_equals_uncached(text: dict) -> None:
             positions = torch.cat([positions, positions[:, -1:] + 1], 1)
     got = model.generate(**inputs, **settings | {"max_new_tokens": 8})
     assert got[0, SAMPLE.input_ids.shape[0] :].tolist() == expected
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("ceil", [False, True], ids=["as printed", "ceil"])
+def test_every_body_reads_on_behind_a_cache_from_mixed_increments(body: str, ceil: bool) -> None:
+    """Text and two pictures of their own increments, cut within a picture and behind one."""
+    model = body_model(body, ceil_after_image=ceil)
+    ids = SAMPLE.input_ids[None]
+    with torch.no_grad():
+        embeds, _ = embedded(model)
+        positions = model.prompt_positions(ids, None, [1 / 16, 1 / 256])
+        expected = model.decode(embeds, positions).logits
+        last = int((ids[0] == model.config.image_token_id).nonzero().max())
+        cache, logits = DynamicCache(), []
+        for start, stop in pairwise([0, 6, last - 2, last + 1, *range(last + 2, ids.shape[1] + 1)]):
+            piece = slice(start, stop)
+            out = model.decode(embeds[:, piece], positions[:, piece], past_key_values=cache)
+            logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-5)
+    steps = positions[0].diff()[last:]
+    assert steps[0] == (2 - (8 / 256) if ceil else 1)  # rounded up behind 8 tokens of 1/256
+    assert (steps[1:] == 1).all()  # the next position is the last one and 1
 
 
 def test_windows_count_tokens_and_not_the_padding_between() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.model.bodies import BODIES, body_model
 from tests.model.packed import sample
 from tests.model.small import small_model
 
@@ -35,6 +36,26 @@ def test_padded_equals_alone(side: str, increment: float, text: dict, use_cache:
         together = model(**inputs, use_cache=use_cache).logits
         for row, each in enumerate(SAMPLES):
             alone = model(input_ids=each.input_ids[None], pixel_values=each.pixel_values).logits[0]
+            real = inputs["attention_mask"][row].bool()
+            torch.testing.assert_close(together[row, real], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("ceil", [False, True], ids=["as printed", "ceil"])
+def test_padded_equals_alone_with_an_increment_for_each_picture(
+    body: str, side: str, ceil: bool
+) -> None:
+    model = body_model(body, ceil_after_image=ceil)
+    inputs = padded(side)
+    increments = [[1 / 8], [1 / 256, 0.5], []]
+    flat = [value for each in increments for value in each]
+    with torch.no_grad():
+        together = model(**inputs, increments=flat).logits
+        for row, (each, values) in enumerate(zip(SAMPLES, increments, strict=True)):
+            alone = model(
+                input_ids=each.input_ids[None], pixel_values=each.pixel_values, increments=values
+            ).logits[0]
             real = inputs["attention_mask"][row].bool()
             torch.testing.assert_close(together[row, real], alone, rtol=0, atol=1e-5)
 

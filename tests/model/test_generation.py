@@ -9,14 +9,16 @@ import PIL.Image
 import pytest
 import torch
 from tests.model.small import PX, TOKENS_PER_TILE, small_model
+from transformers import DynamicCache
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.tiling import TilingConfig
 from cascadevl.data.tokenizer import build_tokenizer
 from cascadevl.errors import RequestError
 from cascadevl.model import generation
-from cascadevl.model.decoding import Decoder
-from cascadevl.model.generation import Answer, answer, stream
+from cascadevl.model.answer_text import Answer
+from cascadevl.model.decoding import Decoder, Rows
+from cascadevl.model.generation import answer, stream
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.sampling import Sampling, filtered, next_tokens
 from cascadevl.types import ImageRef, Message
@@ -112,12 +114,22 @@ class Scripted(Decoder):
 
     script: tuple[int, ...] = ()
 
-    def tokens(self, prompts: Sequence, ended: set[int]):
+    def prefill(self, prompts: Sequence) -> Rows:
+        return Rows(
+            numbers=[prompt.number for prompt in prompts],
+            generators=[None] * len(prompts),
+            logits=torch.zeros(len(prompts), 1),
+            last_position=torch.zeros(len(prompts)),
+            mask=torch.zeros(len(prompts), 1, dtype=torch.bool),
+            cache=DynamicCache(),
+        )
+
+    def follow(self, rows: Rows, ended: set[int]):
         for token in self.script:
-            for prompt in prompts:
-                if prompt.number not in ended:
-                    yield prompt.number, token
-            if len(ended) == len(prompts):
+            for number in rows.numbers:
+                if number not in ended:
+                    yield number, token
+            if len(ended) == len(rows.numbers):
                 return
         raise AssertionError("the answer went on after its end")
 

@@ -9,10 +9,11 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from cascadevl.cli.arguments import Subparsers, positive_int
+from cascadevl.cli.arguments import Subparsers, increment, positive_int
 from cascadevl.cli.wording import worded
 from cascadevl.errors import CascadeVLError, ConfigError, RequestError
 
@@ -22,8 +23,38 @@ if TYPE_CHECKING:
 
     from cascadevl.types import Message
 
-Answerer: TypeAlias = Callable[["Sequence[Message]"], Iterator[str]]
-"""Streams the answer to a conversation."""
+
+@runtime_checkable
+class Reply(Protocol):
+    """An answer as it comes."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Its pieces."""
+        ...
+
+    @property
+    def finish_reason(self) -> str | None:
+        """``"length"`` if it was cut off at the limit of tokens."""
+        ...
+
+    @property
+    def increments(self) -> tuple[float, ...]:
+        """Position step with which each picture was read."""
+        ...
+
+
+@runtime_checkable
+class Session(Protocol):
+    """Who answers, and remembers the conversation."""
+
+    def ask(self, messages: Sequence[Message], /) -> Reply:
+        """Answer the last turn of a conversation."""
+        ...
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        ...
+
 
 HELP = (
     "/image FILE adds a picture to the next question, /reset starts anew, Ctrl-C stops an answer, "
@@ -54,6 +85,12 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--thinking", choices=("on", "off"), help="whether to reason first (default: the model's)"
     )
+    parser.add_argument(
+        "--increment",
+        type=increment,
+        metavar="X",
+        help="position step of a visual token, such as 1/16 (default: the model's)",
+    )
     parser.add_argument("--max-new-tokens", type=positive_int, default=1024, metavar="N")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy"
@@ -72,27 +109,23 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     import cascadevl
-    from cascadevl.model.generation import stream
+    from cascadevl.model import generation
+    from cascadevl.model.sampling import Sampling
 
     console, device = Console(), usable_device(args.device)
     with Console(stderr=True).status(f"loading {args.model}"):
         model, processor = cascadevl.load(args.model, device=device)
-    thinking = {"on": True, "off": False, None: None}[args.thinking]
-
-    def answerer(messages: Sequence[Message]) -> Iterator[str]:
-        return stream(
-            model,
-            processor,
-            messages,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-            thinking=thinking,
-        )
-
-    chat = Chat(answerer, console, system=args.system, images=list(args.image))
+    session = generation.Session(
+        model=model,
+        processor=processor,
+        max_new_tokens=args.max_new_tokens,
+        sampling=Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed),
+        increments=args.increment,
+        thinking={"on": True, "off": False, None: None}[args.thinking],
+    )
+    chat = Chat(session, console, system=args.system, images=list(args.image))
     if args.question is not None:
+        chat.notes = Console(stderr=True)  # what goes into a pipe is the answer alone
         chat.ask(args.question)
         return 0
     console.print(HELP, style="dim", highlight=False)
@@ -133,18 +166,22 @@ class Chat:
     """One conversation in the terminal.
 
     Attributes:
-        answerer: Streams the answer to a conversation.
+        session: Answers, and remembers what was said.
         console: Where answers are printed.
         system: System message, if not the model's own.
         images: Pictures of the next question.
         messages: The conversation so far.
+        increment: Position step with which its pictures were last read.
+        notes: Where everything else is printed; None for the same place.
     """
 
-    answerer: Answerer
+    session: Session
     console: Console
     system: str | None = None
     images: list[Path] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    increment: float | None = None
+    notes: Console | None = None
 
     def talk(self, read: Callable[[], str]) -> None:
         """Read commands and questions until ``/quit`` or the end of the input.
@@ -187,7 +224,9 @@ class Chat:
             start.append(Message.of("system", self.system))
         start.append(user_message(question, self.images))
         answer: list[str] = []
-        for piece in self.answerer(start):
+        reply = self.session.ask(start)
+        self._show_increment(reply.increments)
+        for piece in reply:
             # A model may write an escape sequence, which the terminal must not obey.
             shown = _CONTROL.sub("\ufffd", piece)
             self.console.print(
@@ -195,6 +234,8 @@ class Chat:
             )
             answer.append(piece)
         self.console.print()
+        if reply.finish_reason == "length":
+            self._note("cut off; a larger --max-new-tokens lets an answer end by itself", "yellow")
         self.messages = [*start, Message.of("assistant", "".join(answer))]
         self.images = []
 
@@ -209,7 +250,8 @@ class Chat:
             self.images.append(picture_named(argument))
             self.show_images()
         elif command == "/reset":
-            self.messages, self.images = [], []
+            self.messages, self.images, self.increment = [], [], None
+            self.session.reset()
             self._note("a new conversation", "dim")
         elif command == "/help":
             self._note(HELP, "dim")
@@ -225,8 +267,21 @@ class Chat:
         except KeyboardInterrupt:
             self._note("\nstopped; the question is not part of the conversation", "dim")
 
+    def _show_increment(self, increments: tuple[float, ...]) -> None:
+        """Say where the conversation became too long for the increment it had."""
+        before, now = self.increment, min(increments, default=None)
+        if before is not None and now is not None and now < before:
+            new, old = (Fraction(each).limit_denominator(4096) for each in (now, before))
+            self._note(
+                f"the conversation is read again: it fits only with increment {new}, "
+                f"no longer with {old}",
+                "dim",
+            )
+        self.increment = now
+
     def _note(self, text: str, style: str) -> None:
-        self.console.print(text, style=style, markup=False, highlight=False)
+        notes = self.notes or self.console
+        notes.print(text, style=style, markup=False, highlight=False)
 
 
 def user_message(question: str, images: Sequence[Path]) -> Message:

@@ -1,4 +1,4 @@
-"""``cascadevl data check META``: what a data set holds and what is broken in it."""
+"""``cascadevl data``: make training data, and see what a data set holds and what is broken."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cascadevl.cli import data_think
 from cascadevl.cli.arguments import Subparsers, positive_int
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ FOUND_BAD = 1
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Describe the command and its one sub-command."""
+    """Describe the command and its sub-commands."""
     parser = subparsers.add_parser(
         "data",
-        help="look at training data",
-        description="Look at training data in the released formats.",
+        help="look at training data, make thinking data",
+        description="Look at training data in the released formats, and make some.",
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     check = actions.add_parser(
@@ -54,6 +55,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--deep", action="store_true", help="decode every picture and video, not only headers"
     )
     check.set_defaults(run=run)
+    data_think.add_parser(actions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import Progress, TaskID
 
     from cascadevl.data.check import check
+    from cascadevl.tasks.naming import open_entry
 
     tiling, measure = _measure(args)
     screen = Console(stderr=True)
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
             deep=args.deep,
             progress=advance,
+            open_entry=open_entry,
         )
     console = Console()
     print_report(report, console)

@@ -9,28 +9,41 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypedDict
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import PIL.Image
 
-from cascadevl.data.conversation import IMAGE_CONTEXT, Template
+from cascadevl.data.conversation import IMAGE_CONTEXT, End, Template, check_text, render
 from cascadevl.data.parsing import ROLES, VIDEO_MARK
+from cascadevl.data.tools import calls_as_text, has_tools, tools_jinja
 from cascadevl.errors import DataError
 from cascadevl.types import ImageRef, Message, Part, VideoRef
 
 ChatMessage: TypeAlias = Message | Mapping[str, object]
 """A turn: ours, or ``{"role": "user", "content": "text" or [{"type": "image", ...}, ...]}``."""
 
+
+class Mode(TypedDict):
+    """What a prompt is rendered with besides its turns; see `render`."""
+
+    system: str | None
+    thinking: bool | None
+    force_thinking: bool
+    end: End
+
+
 _IMAGE_KEYS = ("image", "path", "url", "base64")
 _VIDEO_KEYS = ("video", "path", "url")
 
 
 def to_messages(
-    conversation: Sequence[object], *, placeholders: bool = False
+    conversation: Sequence[object], *, placeholders: bool = False, calls: bool = False
 ) -> tuple[Message, ...]:
     """Read a conversation in transformers' form.
 
@@ -44,16 +57,17 @@ def to_messages(
             ``{"type": "video", "video" | "path" | "url": ...}`` (a file or a folder of frames).
         placeholders: Whether a picture or video may leave its source open, for text in which
             only its place counts.
+        calls: Whether turns may call tools (``tool_calls``); the calls become text.
 
     Raises:
         DataError: Of kind ``message``, if a turn has another form.
     """
     return tuple(
-        _to_message(turn, number, placeholders) for number, turn in enumerate(conversation)
+        _to_message(turn, number, placeholders, calls) for number, turn in enumerate(conversation)
     )
 
 
-def _to_message(turn: object, number: int, placeholders: bool) -> Message:
+def _to_message(turn: object, number: int, placeholders: bool, calls: bool) -> Message:
     if isinstance(turn, Message):
         return turn
     place = f"message {number + 1}"
@@ -62,11 +76,18 @@ def _to_message(turn: object, number: int, placeholders: bool) -> Message:
     name, content = turn.get("role"), turn.get("content")
     if not isinstance(name, str) or name not in ROLES:
         raise _error(f"{place} has the role {name!r}", f"use {', '.join(ROLES)}")
+    called = calls_as_text(turn, place)
+    if called and not calls:
+        raise _error(f"{place} calls a tool, but no tools are given", "pass tools=[...]")
+    if called:
+        content = content or ""
     if isinstance(content, str):
-        return Message.of(ROLES[name], content)
+        return Message.of(ROLES[name], "\n".join(filter(None, (content, called))))
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise _error(f"{place} has the content {content!r:.60}", "give text, or a list of parts")
     parts = [part for item in content for part in _parts(item, place, placeholders)]
+    if called:
+        parts.append(f"\n{called}" if parts else called)
     return Message(ROLES[name], tuple(parts))
 
 
@@ -156,18 +177,14 @@ def jinja_template(template: Template, system: str) -> str:
     """The chat template for plain transformers that writes the same prompts.
 
     With an empty system message and the template ``internvl2_5`` it is the released one, letter
-    by letter. Reasoning inside earlier answers is written as it stands.
+    by letter, but for the case that tools are given, which the released one ignores. Reasoning
+    inside earlier answers is written as it stands.
 
     Args:
         template: The form.
         system: System message of conversations that have none; empty for none.
     """
-
-    def text(value: str) -> str:
-        if "'" in value:
-            return "{{ " + json.dumps(value, ensure_ascii=False) + " }}"
-        return "{{'" + value.replace("\n", "\\n") + "' }}"
-
+    text = _jinja_text
     user_before, after = template.around["user"]
     before, _, name_end = user_before.partition("user")
     header = "{{'" + before + "' + message['role'] + '" + name_end.replace("\n", "\\n") + "'}}"
@@ -187,20 +204,63 @@ def jinja_template(template: Template, system: str) -> str:
     if system:
         first = text("".join((template.around["system"][0], system, template.around["system"][1])))
         default = f"{{% if not messages or messages[0]['role'] != 'system' %}}{first}{{% endif %}}"
-    return (
+    plain = (
         default
         + "{% for message in messages %}"
         + header
-        + "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        + "{% for content in message['content'] %}"
-        + "{% if content['type'] == 'image' %}{{ '"
-        + IMAGE_CONTEXT
-        + "\\n' }}{% elif content['type'] == 'video' %}{{ '"
-        + VIDEO_MARK
-        + "\\n' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}"
-        + "{% endfor %}{% endif %}"
+        + _jinja_content("message['content']")
         + closing
         + "{% endfor %}{% if add_generation_prompt %}"
         + text(template.answer_start)
         + "{% endif %}"
+    )
+    if not has_tools(template):
+        return plain
+    calling = tools_jinja(_jinja_content("message['content'] or []"), text, system)
+    return f"{{% if tools %}}{calling}{{% else %}}{plain}{{% endif %}}"
+
+
+def _jinja_text(value: str) -> str:
+    """A string as a Jinja expression, in the quotes the released template has."""
+    if "'" in value:
+        return "{{ " + json.dumps(value, ensure_ascii=False) + " }}"
+    return "{{'" + value.replace("\n", "\\n") + "' }}"
+
+
+def _jinja_content(items: str) -> str:
+    """What writes a message's content: text, or parts of it."""
+    return (
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        f"{{% for content in {items} %}}"
+        "{% if content['type'] == 'image' %}{{ '"
+        + IMAGE_CONTEXT
+        + "\\n' }}{% elif content['type'] == 'video' %}{{ '"
+        + VIDEO_MARK
+        + "\\n' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}"
+    )
+
+
+def as_text(
+    messages: Sequence[Message], template: Template, control: re.Pattern[str], mode: Mode
+) -> str:
+    """A conversation as text, each picture as its placeholder, each video as its mark.
+
+    Args:
+        messages: The turns.
+        template: The form.
+        control: What nobody may write in a message.
+        mode: System message, thinking and how the text ends.
+
+    Raises:
+        DataError: If a message cannot be used.
+    """
+    shown = []
+    for message in messages:
+        check_text(message, control)
+        parts = (VIDEO_MARK if isinstance(part, VideoRef) else part for part in message.parts)
+        shown.append(replace(message, parts=tuple(parts)))
+    pieces = render(shown, template, **mode)
+    return "".join(
+        piece.content if isinstance(piece.content, str) else IMAGE_CONTEXT for piece in pieces
     )

@@ -17,8 +17,9 @@ import PIL.Image
 
 from cascadevl.data.hub import open_source
 from cascadevl.data.image import image_size, open_image
-from cascadevl.data.records import DatasetSpec, read_meta, repeated_length
-from cascadevl.data.source import Source
+from cascadevl.data.meta import DatasetSpec, read_meta
+from cascadevl.data.records import repeated_length
+from cascadevl.data.source import Source, StreamedSource, readable_by_number
 from cascadevl.data.tiling import TilingConfig, limit_for, num_tiles_of
 from cascadevl.data.video import MAX_FRAMES, check_video, read_frames
 from cascadevl.errors import DataError
@@ -26,6 +27,9 @@ from cascadevl.types import ImageRef, Record, VideoRef
 
 MAX_MESSAGES = 3
 """Examples kept of each kind of problem."""
+
+MAX_GENERATED = 1000
+"""Records looked at of a stream or a task, which have no end that one would wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ class DatasetReport:
     Attributes:
         name: Name of the data set.
         num_records: Records looked at: each stored one once, or the first fraction that
-            ``repeat_time`` leaves.
+            ``repeat_time`` leaves; of a stream or a task the first 1000.
         num_draws: Records an epoch takes, repeats included.
         num_good: Records that can be used.
         num_images: Pictures of the good records.
@@ -155,6 +159,7 @@ def check(
     max_messages: int = MAX_MESSAGES,
     deep: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
+    open_entry: Callable[[DatasetSpec], Source | StreamedSource] = open_source,
 ) -> CheckReport:
     """Read every record of a meta file once and report.
 
@@ -169,11 +174,14 @@ def check(
         max_messages: Examples kept of each kind of problem.
         deep: Decode every picture and video, which finds files that are cut off.
         progress: Called with the data set's name, the records done and their number.
+        open_entry: Opens an entry; the default knows no tasks.
 
     Raises:
         DataError: If the meta file, or a data set as a whole, cannot be read.
     """
-    checker = _Checker(tiling, measure, max_tokens, max_frames, max_messages, deep, progress)
+    checker = _Checker(
+        tiling, measure, max_tokens, max_frames, max_messages, deep, progress, open_entry
+    )
     specs = read_meta(meta_path)
     return CheckReport(meta=meta_path, datasets=tuple(checker.dataset(spec) for spec in specs))
 
@@ -197,24 +205,28 @@ class _Checker:
     max_messages: int
     deep: bool
     progress: Callable[[str, int, int], None] | None
+    open_entry: Callable[[DatasetSpec], Source | StreamedSource]
 
     def dataset(self, spec: DatasetSpec) -> DatasetReport:
         # Repeats are the same lines again: each is looked at once.
-        source = open_source(replace(spec, repeat_time=min(1.0, spec.repeat_time)))
+        opened = self.open_entry(replace(spec, repeat_time=min(1.0, spec.repeat_time)))
+        source = readable_by_number(opened, MAX_GENERATED)
+        is_file = spec.task is None and spec.stream is None
+        num_records = len(source) if is_file else min(len(source), MAX_GENERATED)
         tally = _Tally()
-        for index in range(len(source)):
+        for index in range(num_records):
             self._count(source, index, tally)
             if self.progress is not None:
-                self.progress(spec.name, index + 1, len(source))
+                self.progress(spec.name, index + 1, num_records)
         problems = tuple(
             Problem(kind=kind, count=count, messages=tuple(tally.messages[kind]))
             for kind, count in tally.problems.most_common()
         )
-        repeats = max(1.0, spec.repeat_time)
+        repeats = max(1.0, spec.repeat_time) if is_file else spec.repeat_time
         return DatasetReport(
             name=spec.name,
-            num_records=len(source),
-            num_draws=repeated_length(len(source), repeats),
+            num_records=num_records,
+            num_draws=repeated_length(len(source) if is_file else spec.length or 0, repeats),
             num_good=tally.tiles.total(),
             num_images=tally.num_images,
             num_videos=tally.num_videos,

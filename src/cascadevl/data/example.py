@@ -32,7 +32,7 @@ from cascadevl.data.encoding import TextEncoder
 from cascadevl.data.pictures import Draw, Pictures
 from cascadevl.data.tiling import TilingConfig, limit_for
 from cascadevl.errors import ConfigError, DataError
-from cascadevl.sequence import INCREMENTS
+from cascadevl.sequence import num_positions
 from cascadevl.types import NO_PARENT, Example, ImageRef, Message, Record
 
 
@@ -50,7 +50,9 @@ class ExampleConfig:
         jpeg: Degrade the pictures of every data set by random JPEG compression, not only of those
             whose meta file says ``data_augment``. Never video frames.
         increment: Position step of visual tokens (V2PE), or ``"random"`` for one of 1, 1/2, ...,
-            1/256 an image, as in InternVL3's pre-training (report, eq. 4). Released weights: 1.
+            1/256 an image or video, as in InternVL3's pre-training (report, eq. 4). Released
+            weights: 1.
+        max_positions: Most positions of an example; None for no limit.
         seed: Start of all random draws.
         min_frames: Fewest frames drawn from a video in training (released: 8).
         max_frames: Most frames drawn from a video in training, and the number at inference.
@@ -64,6 +66,7 @@ class ExampleConfig:
     max_tokens: int = 16384
     jpeg: bool = False
     increment: float | Literal["random"] = 1.0
+    max_positions: int | None = None
     seed: int = 0
     min_frames: int = 8
     max_frames: int = 32
@@ -340,10 +343,8 @@ class ExampleBuilder:
                 f"{num_slots} image slots in the text, but {num_images} pictures",
                 kind="image_count",
             )
-        tiles_per_image = tuple(len(tiles) for tiles in pictures.tiles)
-        self._check_length(len(input_ids) - num_images, sum(tiles_per_image))
         px = self.config.tiling.tile_px
-        return Example(
+        example = Example(
             source=pictures.source,
             record_id=record_id,
             input_ids=input_ids,
@@ -351,9 +352,11 @@ class ExampleBuilder:
             segments=np.repeat(np.arange(len(encoded)), [len(part.ids) for part in encoded]),
             parents=parents,
             tiles=np.concatenate([np.empty((0, px, px, 3), dtype=np.uint8), *pictures.tiles]),
-            tiles_per_image=tiles_per_image,
-            increments=self._increments(num_images, pictures.draw),
+            tiles_per_image=tuple(len(tiles) for tiles in pictures.tiles),
+            increments=pictures.increments(self.config.increment),
         )
+        self._check_length(example)
+        return example
 
     def _encode(self, segments: Sequence[Sequence[Piece]]) -> list[_Encoded]:
         contents = [piece.content for pieces in segments for piece in pieces]
@@ -365,7 +368,9 @@ class ExampleBuilder:
                 part.add(next(ids) if is_text else self._image_ids, piece.trained)
         return encoded
 
-    def _check_length(self, num_text_tokens: int, num_tiles: int) -> None:
+    def _check_length(self, example: Example) -> None:
+        num_tiles = example.num_tiles
+        num_text_tokens = len(example.input_ids) - len(example.tiles_per_image)
         num_tokens = num_text_tokens + num_tiles * self.tokens_per_tile
         if num_tokens > self.config.max_tokens:
             raise DataError(
@@ -374,14 +379,14 @@ class ExampleBuilder:
                 kind="too_long",
                 remedy="raise max_tokens, lower max_tiles, or split the sample",
             )
-
-    def _increments(self, num_images: int, draw: Draw | None) -> tuple[float, ...]:
-        if self.config.increment != "random":
-            return (float(self.config.increment),) * num_images
-        if draw is None:
-            return (1.0,) * num_images
-        chosen = draw.generator("increment").choice(INCREMENTS, size=num_images)
-        return tuple(float(value) for value in chosen)
+        limit = self.config.max_positions
+        place = {"image_token_id": self.image_token_id, "tokens_per_tile": self.tokens_per_tile}
+        if limit is not None and (needed := num_positions(example, **place)) > limit:
+            raise DataError(
+                f"{needed} positions, but the model's dynamic RoPE holds {limit}",
+                kind="too_long",
+                remedy="draw the increment at random, lower max_tiles, or split the sample",
+            )
 
 
 def _num_equal(beginning: Sequence[Piece], whole: Sequence[Piece]) -> int:

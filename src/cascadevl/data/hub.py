@@ -1,4 +1,4 @@
-"""Records from a Hugging Face `datasets` data set: Parquet, Arrow, or one already in memory.
+"""Records from a Hugging Face `datasets` data set: Parquet, Arrow, streamed, or already in memory.
 
 Rows hold what the JSONL files hold, under the same names, pictures as bytes or as paths. They
 are kept undecoded until they are needed, so that a broken picture is met by `open_image` and its
@@ -7,13 +7,17 @@ limits like any other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from cascadevl.data.meta import HUB, DatasetSpec, StreamSpec
 from cascadevl.data.parsing import parse_record
-from cascadevl.data.records import DatasetSpec, JsonlSource, repeated_length
-from cascadevl.data.source import Source
+from cascadevl.data.records import JsonlSource, repeated_length
+from cascadevl.data.row_stream import RowStream
+from cascadevl.data.source import Source, StreamedSource
 from cascadevl.errors import ConfigError, DataError
 from cascadevl.types import Record
 
@@ -53,14 +57,7 @@ class HuggingFaceSource:
         Raises:
             DataError: Of kind ``bad_field`` if no column holds conversations.
         """
-        if not {"conversations", "messages"} & set(dataset.column_names):
-            raise DataError(
-                f"the data set has the columns {', '.join(dataset.column_names)}",
-                kind="bad_field",
-                source=name,
-                field="conversations",
-                remedy="name the column of turns 'conversations' or 'messages'",
-            )
+        _check_columns(dataset.column_names, name)
         self.name = name
         self._rows = _undecoded(dataset)
         self._root, self._max_tiles, self._augment = root, max_tiles, augment
@@ -113,23 +110,14 @@ def load_rows(path: Path) -> datasets.Dataset:
             remedy="check the path",
         )
     if not path.is_dir() and path.suffix not in _FORMATS:
-        raise ConfigError(
-            f"{str(path)!r} ends with {path.suffix!r}, but a data set is a folder or ends with "
-            f"{', '.join(_FORMATS)}"
-        )
-    try:
+        raise _unknown_suffix(path)
+    with _opening(path, "write it again with datasets' save_to_disk or to_parquet"):
         if path.is_dir():
             rows = library.load_from_disk(str(path))
         else:
             rows = library.load_dataset(
                 _FORMATS[path.suffix], data_files=str(path), split="train", keep_in_memory=False
             )
-    except (OSError, ValueError, library.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"the data set {str(path)!r} cannot be opened ({error})",
-            kind="corrupt_dataset",
-            remedy="write it again with datasets' save_to_disk or to_parquet",
-        ) from error
     if not isinstance(rows, library.Dataset):
         raise DataError(
             f"the folder {str(path)!r} holds several splits: {', '.join(rows)}",
@@ -139,8 +127,49 @@ def load_rows(path: Path) -> datasets.Dataset:
     return rows
 
 
-def open_source(spec: DatasetSpec) -> Source:
+def load_stream(annotation: Path, spec: StreamSpec) -> datasets.IterableDataset:
+    """Open a data set to be streamed.
+
+    Args:
+        annotation: ``hub:NAME`` for one of the Hub (or a folder in the Hub's form), read over
+            the network as training goes; else a ``.parquet``, ``.arrow`` or ``.json`` file, or a
+            folder of Parquet files.
+        spec: Names subset, split and revision of one of the Hub.
+
+    Raises:
+        DataError: Of kind ``missing_file`` or ``corrupt_dataset``.
+        ConfigError: If the file has another suffix, or `datasets` is not installed.
+    """
+    library = _datasets()
+    name = str(annotation)
+    if name.startswith(HUB):
+        with _opening(annotation, "check its name, subset, split and revision, and the network"):
+            return library.load_dataset(
+                name.removeprefix(HUB),
+                spec.subset,
+                split=spec.split,
+                revision=spec.revision,
+                streaming=True,
+            )
+    files = sorted(map(str, annotation.rglob("*.parquet"))) if annotation.is_dir() else [name]
+    if not files:
+        raise DataError(
+            f"the folder {name!r} holds no Parquet file",
+            kind="missing_file",
+            remedy="give a folder of Parquet files; one that datasets' save_to_disk wrote is read "
+            'by number, without "stream"',
+        )
+    form = "parquet" if annotation.is_dir() else _FORMATS.get(annotation.suffix)
+    if form is None:
+        raise _unknown_suffix(annotation)
+    with _opening(annotation, "write it again with datasets' to_parquet"):
+        return library.load_dataset(form, data_files=files, split="train", streaming=True)
+
+
+def open_source(spec: DatasetSpec) -> Source | StreamedSource:
     """The records of a meta file's entry, whatever stores them.
+
+    Entries that name a task are opened by `cascadevl.tasks.naming.open_entry`.
 
     Args:
         spec: The entry.
@@ -149,6 +178,19 @@ def open_source(spec: DatasetSpec) -> Source:
         DataError: If its file cannot be read.
         ConfigError: If its file has an unknown suffix, or `datasets` is needed and missing.
     """
+    if spec.stream is not None:
+        rows = load_stream(spec.annotation, spec.stream)
+        if rows.column_names is not None:
+            _check_columns(rows.column_names, spec.name)
+        return RowStream(
+            rows,
+            name=spec.name,
+            num_lanes=spec.stream.lanes,
+            buffer_rows=spec.stream.buffer,
+            root=spec.root,
+            max_tiles=spec.max_dynamic_patch,
+            augment=spec.data_augment,
+        )
     if spec.annotation.suffix == ".jsonl":
         return JsonlSource(spec)
     return HuggingFaceSource(
@@ -158,6 +200,37 @@ def open_source(spec: DatasetSpec) -> Source:
         max_tiles=spec.max_dynamic_patch,
         augment=spec.data_augment,
         repeat_time=spec.repeat_time,
+    )
+
+
+def _check_columns(names: Sequence[str], source: str) -> None:
+    if not {"conversations", "messages"} & set(names):
+        raise DataError(
+            f"the data set has the columns {', '.join(names)}",
+            kind="bad_field",
+            source=source,
+            field="conversations",
+            remedy="name the column of turns 'conversations' or 'messages'",
+        )
+
+
+@contextmanager
+def _opening(path: Path, remedy: str) -> Iterator[None]:
+    """Word what the library raises for a data set that it cannot open."""
+    try:
+        yield
+    except (OSError, ValueError, _datasets().exceptions.DatasetsError) as error:
+        raise DataError(
+            f"the data set {str(path)!r} cannot be opened ({error})",
+            kind="corrupt_dataset",
+            remedy=remedy,
+        ) from error
+
+
+def _unknown_suffix(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{str(path)!r} ends with {path.suffix!r}, but a data set is a folder or ends with "
+        f"{', '.join(_FORMATS)}"
     )
 
 

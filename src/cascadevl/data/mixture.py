@@ -10,7 +10,6 @@ computed, not stored (a Feistel network over the index), so a source of any size
 
 from __future__ import annotations
 
-import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -18,20 +17,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 
-from cascadevl.data.source import Source
+from cascadevl.data.lanes import Lanes, LanesState
+from cascadevl.data.modality import Modality
+from cascadevl.data.permutation import mix, named_key, permuted
+from cascadevl.data.source import Source, StreamedSource
 from cascadevl.errors import ConfigError
 from cascadevl.types import Record
-
-FEISTEL_ROUNDS = 4
-"""Twofold rounds of the permutation."""
 
 LEAST_DRAWS_PER_BLOCK = 1000
 """Draws of the rarest source in a block whose ratios must be rounded: wrong by 0.1 % at most."""
 
 LEAST_WEIGHT = 1e-6
 """Smallest weight and repeat factor; both are taken as fractions with denominators up to 1e6."""
-
-_MASK = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +38,26 @@ class WeightedSource:
     Attributes:
         source: The records.
         weight: Draws relative to those of the other sources; None for the number of records, so
-            that the sources' epochs last equally long.
+            that the sources' epochs last equally long. A stream has no such number.
         repeat: Factor on the weight, the meta file's ``repeat_time``. Below 1, each round of the
             others sees another part of the source, not always the first one.
+        modality: Whether the records are text alone; None if nobody has said so.
     """
 
-    source: Source
+    source: Source | StreamedSource
     weight: float | None = None
     repeat: float = 1.0
+    modality: Modality | None = None
+
+    @property
+    def draws(self) -> Fraction:
+        """How often it is drawn relative to the others, repeats included."""
+        weight = _size(self.source) if self.weight is None else self.weight
+        factors = (
+            Fraction(factor).limit_denominator(round(1 / LEAST_WEIGHT))
+            for factor in (weight, self.repeat)
+        )
+        return math.prod(factors, start=Fraction(1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +67,9 @@ class Draw:
     Attributes:
         position: Number of the draw in the mixture.
         source_name: The source drawn from.
-        index: The record within its source.
-        epoch: How often all of the source had been drawn before.
+        index: The record within its source; of a stream, how many of its draws came before.
+        epoch: How often all of the source had been drawn before; 0 for a stream, whose records
+            have another identity in every epoch.
     """
 
     position: int
@@ -85,18 +95,28 @@ class Mixture:
 
         Raises:
             ConfigError: If there is no source, one is empty, a weight is not positive and
-                finite, or two have one name.
+                finite or a stream has none, or two have one name.
         """
         _check(sources)
         self.seed = seed
-        self._sources = {weighted.source.name: weighted.source for weighted in sources}
-        self._names = list(self._sources)
-        self._lengths = [len(source) for source in self._sources.values()]
-        self._counts = _block_counts([_weight(weighted) for weighted in sources])
+        every = [weighted.source for weighted in sources]
+        self._names = [source.name for source in every]
+        self._sources = {source.name: source for source in every if isinstance(source, Source)}
+        self._lengths = [len(source) if isinstance(source, Source) else 0 for source in every]
+        self._counts = _block_counts([weighted.draws for weighted in sources])
         self._ends = list(accumulate(self._counts))
         self.block_size = self._ends[-1]
-        self._keys = [_key(seed, name) for name in self._names]
-        self._block_key = _key(seed, "")
+        self._keys = [named_key(seed, name) for name in self._names]
+        self._block_key = named_key(seed, "")
+        self._identities = {
+            source.name: [len(source)] if isinstance(source, Source) else source.identity()
+            for source in every
+        }
+        self._lanes = {
+            source.name: Lanes(source, key, number, self._drawn_from)
+            for number, (source, key) in enumerate(zip(every, self._keys, strict=True))
+            if not isinstance(source, Source)
+        }
 
     @property
     def shares(self) -> dict[str, float]:
@@ -108,14 +128,13 @@ class Mixture:
 
     def draw(self, position: int) -> Draw:
         """The draw of this number, from 0 upwards."""
-        block, offset = divmod(position, self.block_size)
-        slot = permuted(offset, self.block_size, _mix(self._block_key + block))
-        number = bisect_right(self._ends, slot)
-        count = self._counts[number]
-        rank = block * count + slot - (self._ends[number] - count)  # rank within the source
-        epoch, within = divmod(rank, self._lengths[number])
-        index = permuted(within, self._lengths[number], _mix(self._keys[number] + epoch))
-        return Draw(position=position, source_name=self._names[number], index=index, epoch=epoch)
+        number, rank = self._drawn(position)
+        name, length = self._names[number], self._lengths[number]
+        if name in self._lanes:
+            return Draw(position=position, source_name=name, index=rank, epoch=0)
+        epoch, within = divmod(rank, length)
+        index = permuted(within, length, mix(self._keys[number] + epoch))
+        return Draw(position=position, source_name=name, index=index, epoch=epoch)
 
     def draws(self, start: int = 0, *, rank: int = 0, world_size: int = 1) -> Iterator[Draw]:
         """The draws from a position on, endlessly; of several ranks, those of one.
@@ -136,13 +155,46 @@ class Mixture:
 
         Raises:
             DataError: If the record cannot be used.
+            TrainingError: If it comes from a stream that cannot be read on.
         """
+        if draw.source_name in self._lanes:
+            return self._lanes[draw.source_name].record(draw.position)
         return self._sources[draw.source_name][draw.index]
 
     def fingerprint(self) -> dict[str, list[int]]:
-        """Length and draws a block of each source, and the seed: what a resumed run must match."""
-        counts = zip(self._names, self._lengths, self._counts, strict=True)
-        return {"": [self.seed]} | {name: [length, count] for name, length, count in counts}
+        """Length and draws a block of each source, and the seed: what a resumed run must match.
+
+        Of a stream, its lanes, buffer and parts take the place of the length.
+        """
+        counts = zip(self._names, self._counts, strict=True)
+        return {"": [self.seed]} | {name: [*self._identities[name], n] for name, n in counts}
+
+    def places(self, oldest: int) -> dict[str, LanesState]:
+        """Where the streams stand, as plain JSON.
+
+        Draws are the same without it; with it a resumed run need not read its streams again from
+        their beginning.
+
+        Args:
+            oldest: No draw before this position will be asked for again.
+        """
+        return {name: lanes.state(oldest) for name, lanes in self._lanes.items()}
+
+    def return_to(self, places: dict[str, LanesState]) -> None:
+        """Let the streams go on from what `places` gave."""
+        for name, lanes in self._lanes.items():
+            lanes.return_to(places.get(name, []))
+
+    def _drawn(self, position: int) -> tuple[int, int]:
+        """Number of the source of a draw, and how many of its draws came before."""
+        block, offset = divmod(position, self.block_size)
+        slot = permuted(offset, self.block_size, mix(self._block_key + block))
+        number = bisect_right(self._ends, slot)
+        count = self._counts[number]
+        return number, block * count + slot - (self._ends[number] - count)
+
+    def _drawn_from(self, position: int) -> int:
+        return self._drawn(position)[0]
 
 
 def next_position(start: int, rank: int, world_size: int) -> int:
@@ -150,49 +202,9 @@ def next_position(start: int, rank: int, world_size: int) -> int:
     return start + (rank - start) % world_size
 
 
-def permuted(index: int, size: int, key: int) -> int:
-    """Where a pseudo-random permutation of 0 ... size - 1 takes an index, in constant time.
-
-    A Feistel network over the index written as row and column of a nearly square table; what
-    falls behind the table's last index goes through again (cycle walking).
-
-    Args:
-        index: From 0 to ``size - 1``.
-        size: Number of indices.
-        key: Which permutation.
-    """
-    rows = math.isqrt(size - 1) + 1
-    columns = -(-size // rows)
-    while True:
-        row, column = divmod(index, columns)
-        for number in range(FEISTEL_ROUNDS):
-            row = (row + _mix(key + 2 * number * size + column)) % rows
-            column = (column + _mix(key + (2 * number + 1) * size + row)) % columns
-        index = row * columns + column
-        if index < size:
-            return index
-
-
-def _mix(value: int) -> int:
-    """Scramble 64 bits (the finaliser of SplitMix64)."""
-    value = (value * 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def _key(seed: int, name: str) -> int:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def _weight(weighted: WeightedSource) -> Fraction:
-    weight = len(weighted.source) if weighted.weight is None else weighted.weight
-    factors = (
-        Fraction(factor).limit_denominator(round(1 / LEAST_WEIGHT))
-        for factor in (weight, weighted.repeat)
-    )
-    return math.prod(factors, start=Fraction(1))
+def _size(source: Source | StreamedSource) -> int:
+    """Number of records; of a stream it is not known, which `_check` has refused."""
+    return len(source) if isinstance(source, Source) else 0
 
 
 def _check(sources: Sequence[WeightedSource]) -> None:
@@ -202,7 +214,13 @@ def _check(sources: Sequence[WeightedSource]) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two sources of a mixture are named {twice[0]!r}; names must differ")
     for name, weighted in zip(names, sources, strict=True):
-        if len(weighted.source) == 0:
+        streamed = not isinstance(weighted.source, Source)
+        if streamed and weighted.weight is None:
+            raise ConfigError(
+                f"source {name!r} is a stream, so its number of records is unknown; give it a "
+                'weight, or "length" in the meta file'
+            )
+        if not streamed and _size(weighted.source) == 0:
             raise ConfigError(f"source {name!r} has no records; leave it out")
         given = (1.0 if weighted.weight is None else weighted.weight, weighted.repeat)
         if not all(math.isfinite(value) and value >= LEAST_WEIGHT for value in given):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -15,6 +16,7 @@ from jaxtyping import UInt8
 from cascadevl.data.image import draw_quality, jpeg_degrade, open_image
 from cascadevl.data.tiling import TilingConfig, tile_image
 from cascadevl.data.video import frame_parts, read_frames
+from cascadevl.sequence import INCREMENTS
 from cascadevl.types import ImageRef, Message, Part, VideoRef
 
 
@@ -61,7 +63,8 @@ class Pictures:
         augment: Whether pictures, but never frames of a video, are degraded by JPEG compression.
         num_frames: Fewest and most frames of a video.
         draw: None at inference, where nothing is random and a video shows the most frames.
-        tiles: Tiles of the pictures shown so far.
+        tiles: Tiles of the pictures shown so far; each frame of a video is one.
+        owners: For each of them, which picture or video it is of.
     """
 
     tiling: TilingConfig
@@ -70,6 +73,7 @@ class Pictures:
     num_frames: tuple[int, int]
     draw: Draw | None
     tiles: list[UInt8[np.ndarray, "_ px px 3"]] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
 
     def show(self, message: Message) -> Message:
         """Tile the pictures of a turn.
@@ -98,7 +102,7 @@ class Pictures:
         image = open_image(ref, source=self.source)
         if self.augment and self.draw is not None:
             image = jpeg_degrade(image, draw_quality(self.draw.generator("jpeg", len(self.tiles))))
-        self.tiles.append(tile_image(image, self.tiling))
+        self._add([tile_image(image, self.tiling)])
 
     def _add_video(self, video: VideoRef) -> tuple[Part, ...]:
         """Frames as released training shows them: one tile each, one line each."""
@@ -109,5 +113,30 @@ class Pictures:
             source=self.source,
         )
         whole = replace(self.tiling, min_tiles=1, max_tiles=1, thumbnail=False)
-        self.tiles += [tile_image(frame, whole) for frame in frames]
+        self._add([tile_image(frame, whole) for frame in frames])
         return frame_parts(frames)
+
+    def _add(self, tiles: list[UInt8[np.ndarray, "_ px px 3"]]) -> None:
+        """Take up a picture, or all frames of a video."""
+        self.owners += [max(self.owners, default=-1) + 1] * len(tiles)
+        self.tiles += tiles
+
+    def increments(self, rule: float | Literal["random"]) -> tuple[float, ...]:
+        """Position step of each picture's visual tokens (V2PE, InternVL3 report, eqs. 3 and 4).
+
+        Drawn at random, it is one for each picture and one for all frames of a video: the frames
+        show one thing, and at inference they have one increment too (docs/concepts/positions).
+
+        Args:
+            rule: One number for all, or ``"random"``.
+
+        Returns:
+            One an entry of ``tiles``; none at inference, where the model's configuration decides.
+        """
+        if self.draw is None:
+            return ()
+        if rule != "random":
+            return (float(rule),) * len(self.tiles)
+        num_owners = max(self.owners, default=-1) + 1
+        drawn = self.draw.generator("increment").choice(INCREMENTS, size=num_owners)
+        return tuple(float(drawn[owner]) for owner in self.owners)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, Unpack, cast
+from typing import Any, TypeAlias, Unpack, cast
 
 import numpy as np
 from jaxtyping import Int64
@@ -20,7 +20,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from cascadevl.data.chat import ChatMessage, image_of, jinja_template, to_messages
+from cascadevl.data.chat import (
+    ChatMessage,
+    Mode,
+    as_text,
+    image_of,
+    jinja_template,
+    to_messages,
+)
 from cascadevl.data.conversation import (
     CONTENT_TOKENS,
     IMAGE_CONTEXT,
@@ -28,31 +35,24 @@ from cascadevl.data.conversation import (
     IMAGE_START,
     End,
     Template,
-    check_text,
-    render,
+    system_text,
     template_named,
 )
 from cascadevl.data.example import ExampleBuilder, ExampleConfig
 from cascadevl.data.image import open_image
 from cascadevl.data.inputs import Filling, Pictures, check_filling, model_inputs, pictures_of_texts
-from cascadevl.data.parsing import VIDEO_MARK
 from cascadevl.data.processor_files import ProcessorSettings, read_settings, write_settings
 from cascadevl.data.tiling import TilingConfig, limit_for, tile_image
+from cascadevl.data.tools import Tools, with_tools
 from cascadevl.errors import RequestError
 from cascadevl.sequence import expand
-from cascadevl.types import NO_PARENT, Example, ImageRef, VideoRef
+from cascadevl.types import NO_PARENT, Example, ImageRef, Message
 
 Conversation: TypeAlias = Sequence[ChatMessage]
 """Turns in our form or transformers'."""
 
 Ids: TypeAlias = int | Sequence[int] | np.ndarray | Tensor
 """Token ids in any form ``generate`` or a tokenizer gives."""
-
-
-class _Mode(TypedDict):
-    system: str | None
-    thinking: bool | None
-    force_thinking: bool
 
 
 class CascadeVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers is not typed here
@@ -197,6 +197,7 @@ class CascadeVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         thinking: bool | None = None,
         force_thinking: bool = False,
         end: End = "prompt",
+        tools: Tools | None = None,
     ) -> Example:
         """The example a model is to answer.
 
@@ -206,17 +207,14 @@ class CascadeVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             thinking: True asks for reasoning through the system message.
             force_thinking: Also begin the answer so that the mode is certain.
             end: How the text ends.
+            tools: What may be called; see `with_tools`.
 
         Raises:
             DataError: If a message or picture cannot be used.
+            RequestError: If the template has no form for tools.
         """
-        return self.builder.prompt(
-            to_messages(messages),
-            system=system,
-            thinking=thinking,
-            force_thinking=force_thinking,
-            end=end,
-        )
+        mode = Mode(system=system, thinking=thinking, force_thinking=force_thinking, end=end)
+        return self.builder.prompt(self._messages(messages, tools, mode), **mode)
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -228,6 +226,7 @@ class CascadeVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         system: str | None = None,
         thinking: bool | None = None,
         force_thinking: bool = False,
+        tools: Tools | None = None,
         **filling: Unpack[Filling],
     ) -> Any:
         """Render a conversation, or several, and prepare the model inputs.
@@ -241,21 +240,23 @@ class CascadeVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
             system: As in `prompt`, like the next two.
             thinking: True asks for reasoning.
             force_thinking: True makes sure of it, or of its absence.
+            tools: What may be called; see `with_tools`.
             **filling: See `Filling`.
 
         Raises:
             DataError: If a message or picture cannot be used.
-            RequestError: If a prompt is longer than ``max_length``.
+            RequestError: If a prompt is longer than ``max_length``, or the template has no form
+                for tools.
         """
         check_filling(filling)
         is_batch = bool(conversation) and isinstance(conversation[0], Sequence)
         batch = cast(Sequence[Conversation], conversation if is_batch else [conversation])
         end: End = "prompt" if add_generation_prompt else "complete"
-        mode = _Mode(system=system, thinking=thinking, force_thinking=force_thinking)
+        mode = Mode(system=system, thinking=thinking, force_thinking=force_thinking, end=end)
         if not tokenize:
-            texts = [self._text(turns, end, mode) for turns in batch]
+            texts = [self._text(turns, tools, mode) for turns in batch]
             return texts if is_batch else texts[0]
-        examples = [self.prompt(turns, end=end, **mode) for turns in batch]
+        examples = [self.prompt(turns, tools=tools, **mode) for turns in batch]
         feature = self.batch(examples, **filling)
         return feature if return_dict else feature["input_ids"]
 
@@ -298,25 +299,22 @@ class CascadeVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         )
         return cast(list[int], expanded.input_ids.tolist())
 
-    def _text(self, conversation: Conversation, end: End, mode: _Mode) -> str:
-        """A conversation as text, each picture as its placeholder, each video as its mark."""
-        messages = []
-        for message in to_messages(conversation, placeholders=True):
-            check_text(message, self.builder.control)
-            parts = (VIDEO_MARK if isinstance(part, VideoRef) else part for part in message.parts)
-            messages.append(replace(message, parts=tuple(parts)))
+    def _messages(
+        self, turns: Conversation, tools: Tools | None, mode: Mode, *, placeholders: bool = False
+    ) -> tuple[Message, ...]:
+        """The turns, the tools written into them."""
+        messages = to_messages(turns, placeholders=placeholders, calls=bool(tools))
+        if not tools:
+            return messages
         system = self.system_message if mode["system"] is None else mode["system"]
-        pieces = render(
-            messages,
-            self.template,
-            system=system,
-            thinking=mode["thinking"],
-            force_thinking=mode["force_thinking"],
-            end=end,
-        )
-        return "".join(
-            piece.content if isinstance(piece.content, str) else IMAGE_CONTEXT for piece in pieces
-        )
+        text = system_text(messages, self.template, system=system, thinking=mode["thinking"])
+        return with_tools(messages, tools, self.template, text)
+
+    def _text(self, turns: Conversation, tools: Tools | None, mode: Mode) -> str:
+        messages = self._messages(turns, tools, mode, placeholders=True)
+        if mode["system"] is None:
+            mode = {**mode, "system": self.system_message}
+        return as_text(messages, self.template, self.builder.control, mode)
 
     def decode(self, token_ids: Ids, skip_special_tokens: bool = False, **options: bool) -> str:
         """Text of ids.

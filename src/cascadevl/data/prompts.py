@@ -28,6 +28,11 @@ THINKING_PROMPT = (
 )
 """System message that switches InternVL3.5 to thinking (InternVL3.5 report, section 3.1)."""
 
+BOXED_INSTRUCTION = "Please answer the question and put the final answer within \\boxed{}."
+"""Last line of a question in the released thinking data. The public pipeline also puts
+`THINKING_PROMPT` and a line break in front of the question; here it is the system message, where
+the released models are given it when asked."""
+
 _GPT_OSS_SYSTEM = (
     "You are InternVL, a large language model trained by Shanghai AI Laboratory.\n"
     "Knowledge cutoff: 2024-06\n"

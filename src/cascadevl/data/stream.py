@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from cascadevl.data import lanes
 from cascadevl.data.collate import collate
 from cascadevl.data.mixture import Draw, Mixture, next_position
 from cascadevl.data.packing import Fill, FixedRows, Packer, Row, Size, rebuild_row, size_of
@@ -182,13 +183,16 @@ class BatchStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the last batch; plain JSON."""
+        ready, rows = [list(row.positions) for row in self._ready], self._rows.state_dict()
+        waiting = (position for row in [*ready, *rows["rows"]] for position in row)
         return {
             "mixture": self._mixture.fingerprint(),
+            "places": self._mixture.places(min([self._cursor, *self._pending, *waiting])),
             "world_size": self._world_size,
             "cursor": self._cursor,
             "pending": list(self._pending),
-            "ready": [list(row.positions) for row in self._ready],
-            "rows": self._rows.state_dict(),
+            "ready": ready,
+            "rows": rows,
             "num_draws": self._num_draws,
             "skipped": [
                 [dataset, kind, skipped.count, skipped.first]
@@ -208,6 +212,7 @@ class BatchStream:
                 waited for its row cannot be read any more.
         """
         self._check_state(state)
+        self._mixture.return_to(state["places"])
         if state["world_size"] is None:
             self._cursor = next_position(state["cursor"], self._rank, self._world_size)
             self._pending = deque(state["pending"][self._rank :: self._world_size])
@@ -326,11 +331,13 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for key, value in skipped_of(state).items():
             before = skipped.get(key, Skipped(count=0, first=value.first))
             skipped[key] = Skipped(count=before.count + value.count, first=before.first)
+    pending = sorted(waiting + undrawn)
     return {
         **states[0],
+        "places": lanes.merged([state["places"] for state in states], min([top, *pending])),
         "world_size": None,
         "cursor": top,
-        "pending": sorted(waiting + undrawn),
+        "pending": pending,
         "ready": [],
         "rows": {"rows": [], "fill": states[0]["rows"]["fill"]},
         "num_draws": sum(state["num_draws"] for state in states) - len(waiting),

@@ -1,4 +1,4 @@
-"""Whatever answers: a model in this process today, an engine or a server later.
+"""Whatever answers: a model of this process, a server behind a URL, an engine later.
 
 Evaluation knows responders only through this Protocol, so that the same suite measures a
 checkpoint, a best-of-N scheme or a URL.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.model.generation import answer
@@ -25,6 +25,49 @@ class Responder(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer, and how it ended.
+
+    Attributes:
+        text: What was said, empty if nothing was.
+        finish: ``"stop"`` if the responder came to an end, ``"length"`` if it was stopped at its
+            limit of tokens, ``"refused"`` if this conversation cannot be answered at all.
+        note: Why it was refused.
+    """
+
+    text: str
+    finish: Literal["stop", "length", "refused"] = "stop"
+    note: str = ""
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """A responder that draws its answers, and says how each ended."""
+
+    def sample(self, conversations: Sequence[Sequence[Message]], *, seed: int) -> list[Reply]:
+        """One answer for each conversation, in order; the same seed gives the same answers.
+
+        A conversation that occurs several times gets an answer of its own each time.
+        """
+        ...
+
+
+def replies(
+    responder: Responder, conversations: Sequence[Sequence[Message]], *, seed: int
+) -> list[Reply]:
+    """Answers of any responder; one that is no `Sampler` is taken to end all of its answers.
+
+    Args:
+        responder: Who answers.
+        conversations: What is asked.
+        seed: Of the draw, where the responder draws.
+    """
+    if isinstance(responder, Sampler):
+        return responder.sample(conversations, seed=seed)
+    return [Reply(text) for text in responder(conversations)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelResponder:
     """A model of this process, answering greedily unless a temperature is given.
@@ -34,6 +77,7 @@ class ModelResponder:
         processor: Its processor.
         max_new_tokens: Longest answer.
         temperature: 0 for greedy answers.
+        top_p: Share of probability that answers are drawn from.
         seed: Of sampled answers.
     """
 
@@ -41,16 +85,22 @@ class ModelResponder:
     processor: CascadeVLProcessor
     max_new_tokens: int = 64
     temperature: float = 0.0
+    top_p: float = 1.0
     seed: int = 0
 
     def __call__(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """Answer all conversations; pictures that several share are encoded once."""
+        return [reply.text for reply in self.sample(conversations, seed=self.seed)]
+
+    def sample(self, conversations: Sequence[Sequence[Message]], *, seed: int) -> list[Reply]:
+        """The same with another seed, and with how each answer ended."""
         answers = answer(
             self.model,
             self.processor,
             conversations,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
-            seed=self.seed,
+            top_p=self.top_p,
+            seed=seed,
         )
-        return [each.text for each in answers]
+        return [Reply(each.text, each.finish_reason) for each in answers]

@@ -22,6 +22,7 @@ from cascadevl.model.drop_path import DropPath
 from cascadevl.model.layout import PackedLayout, packed_layout
 from cascadevl.model.masks import cached_masks
 from cascadevl.model.projector import Projector
+from cascadevl.model.v2pe import check_dynamic, dynamic_limit
 
 
 class CascadeVLModel(InternVLPreTrainedModel):
@@ -116,6 +117,8 @@ class CascadeVLModel(InternVLPreTrainedModel):
                 f"position_ids are {position_ids.dtype}; they must be float32, because bfloat16 "
                 f"merges neighbours beyond 256"
             )
+        if dynamic_limit(self.config) is not None:
+            check_dynamic(self.config, float(position_ids.max()) + 1)
         hidden_states: Tensor = self.language_model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,

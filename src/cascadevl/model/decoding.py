@@ -1,9 +1,9 @@
 """Answering several prompts at once: one packed prefill, then one token a row and step.
 
 The prompts of a batch are laid side by side in one row without padding, and prompts about the same
-picture share the tokens up to it as one segment, so a picture is encoded once and its visual
-tokens pass through the text body once. Afterwards every prompt gets a row of its own in the cache,
-padded on the left. Rows that have ended leave the batch.
+pictures share the tokens up to the last of them as one segment, so a picture is encoded once and
+its visual tokens pass through the text body once. Afterwards every prompt gets a row of its own in
+the cache, padded on the left. Rows that have ended leave the batch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from cascadevl.data.tiling import normalise
+from cascadevl.errors import RequestError
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.sampling import Sampling, next_tokens
-from cascadevl.model.v2pe import increment_of
+from cascadevl.model.v2pe import Increments, increments_of
 from cascadevl.sequence import Expanded, expand
 from cascadevl.types import NO_PARENT, Example
 
@@ -36,15 +37,19 @@ class Prompt:
     Attributes:
         number: Place among all prompts of the call; names its random stream.
         expanded: Its tokens and their positions.
-        tiles: Its tiles.
-        images: Fingerprint of tiles and their division into pictures.
+        tiles: The tiles of each picture.
+        tokens_per_image: Visual tokens of each picture.
+        increments: Position step of each picture's visual tokens.
+        pictures: A fingerprint of each picture's tiles.
         shared: Tokens up to the last visual one, which prompts about the same pictures may share.
     """
 
     number: int
     expanded: Expanded
-    tiles: np.ndarray
-    images: bytes
+    tiles: tuple[np.ndarray, ...]
+    tokens_per_image: tuple[int, ...]
+    increments: tuple[float, ...]
+    pictures: tuple[bytes, ...]
     shared: int
 
     @property
@@ -53,11 +58,11 @@ class Prompt:
         return len(self.expanded.input_ids)
 
     @property
-    def beginning(self) -> tuple[bytes, bytes, bytes]:
+    def beginning(self) -> tuple[tuple[bytes, ...], bytes, bytes]:
         """Equal for prompts that begin alike: pictures, tokens and positions."""
         expanded = self.expanded
         ids, positions = expanded.input_ids[: self.shared], expanded.position_ids[: self.shared]
-        return self.images, ids.tobytes(), positions.tobytes()
+        return self.pictures, ids.tobytes(), positions.tobytes()
 
 
 def prepare(
@@ -65,24 +70,36 @@ def prepare(
     example: Example,
     number: int,
     max_new_tokens: int,
-    increment: float | None,
+    increments: Increments | None,
 ) -> Prompt:
-    """Expand a prompt with the increment it is to be read with.
+    """Expand a prompt with the increments it is to be read with.
 
     Args:
         model: Gives tokens a tile, image token and the rule of the increment.
-        example: From a processor; its own increments are those of training and not used.
+        example: One conversation. Its own increments, if it brings any, are taken: so a training
+            example is answered from the very positions it is trained with.
         number: Place among all prompts.
         max_new_tokens: Tokens that must fit behind it.
-        increment: Instead of the configuration's.
+        increments: Instead of the example's and the configuration's: one for all pictures, or
+            one for each.
 
     Raises:
-        RequestError: If prompt and new tokens do not fit the trained context.
+        RequestError: If prompt and new tokens do not fit the trained context, the increments are
+            not as many as pictures, or the example has branches.
     """
-    tokens = [tiles * model.tokens_per_tile for tiles in example.tiles_per_image]
-    if increment is None:
-        num_text = len(example.input_ids) - len(tokens)
-        increment = increment_of(model.config, num_text, sum(tokens), max_new_tokens)
+    if example.parents != (NO_PARENT,):
+        raise RequestError(
+            f"{example.source} has {len(example.parents)} segments; only a conversation without "
+            f"branches can be answered"
+        )
+    tokens = tokens_per_image(model, example)
+    chosen = increments_of(
+        model.config,
+        len(example.input_ids) - len(tokens),
+        tokens,
+        max_new_tokens,
+        (example.increments or None) if increments is None else increments,
+    )
     expanded = expand(
         example.input_ids,
         example.trained,
@@ -90,25 +107,45 @@ def prepare(
         (NO_PARENT,),
         image_token_id=model.config.image_token_id,
         tokens_per_image=tokens,
-        increments=[increment] * len(tokens),
+        increments=chosen,
         ceil_after_image=model.config.ceil_after_image,
         source=example.source,
     )
     places = np.flatnonzero(expanded.is_visual)
-    shapes = f"{example.tiles_per_image} {example.tiles.shape}".encode()
-    pixels = np.ascontiguousarray(example.tiles)
+    each = np.split(example.tiles, np.cumsum(example.tiles_per_image)[:-1]) if tokens else ()
     return Prompt(
         number=number,
         expanded=expanded,
-        tiles=example.tiles,
-        images=hashlib.blake2b(pixels.tobytes() + shapes, digest_size=16).digest(),
+        tiles=tuple(each),
+        tokens_per_image=tuple(tokens),
+        increments=chosen,
+        pictures=tuple(map(_fingerprint, each)),
         shared=int(places[-1]) + 1 if len(places) else 0,
     )
 
 
+def tokens_per_image(model: CascadeVLForConditionalGeneration, example: Example) -> list[int]:
+    """Visual tokens of each picture of an example."""
+    return [tiles * model.tokens_per_tile for tiles in example.tiles_per_image]
+
+
+def _fingerprint(tiles: np.ndarray) -> bytes:
+    pixels = np.ascontiguousarray(tiles).tobytes()
+    return hashlib.blake2b(pixels + f"{tiles.shape}".encode(), digest_size=16).digest()
+
+
 @dataclass(slots=True, eq=False)
-class _Rows:
-    """The prompts that are still being answered; everything has one entry a row."""
+class Rows:
+    """The prompts that are still being answered; everything has one entry a row.
+
+    Attributes:
+        numbers: Their places among all prompts.
+        generators: Their random streams.
+        logits: Of the next token.
+        last_position: Where the last token sits; the next one sits 1 further on.
+        mask: Which keys of the cache are real.
+        cache: Keys and values of what was read and said, but for the token chosen last.
+    """
 
     numbers: list[int]
     generators: list[torch.Generator | None]
@@ -144,7 +181,15 @@ class Decoder:
             prompts: The batch.
             ended: Numbers of prompts that want no more; the caller adds to it between tokens.
         """
-        rows = self._prefill(prompts)
+        yield from self.follow(self.prefill(prompts), ended)
+
+    def follow(self, rows: Rows, ended: set[int]) -> Iterator[tuple[int, int]]:
+        """Yield (number of the prompt, token) from rows whose prompts are read.
+
+        Args:
+            rows: What is answered; changed as it goes on.
+            ended: Numbers of prompts that want no more; the caller adds to it between tokens.
+        """
         while True:
             chosen = self._choose(rows)
             yield from zip(list(rows.numbers), chosen.tolist(), strict=True)
@@ -156,11 +201,11 @@ class Decoder:
             self._step(rows, chosen)
 
     @torch.inference_mode()
-    def _choose(self, rows: _Rows) -> Int64[Tensor, " rows"]:
+    def _choose(self, rows: Rows) -> Int64[Tensor, " rows"]:
         return next_tokens(rows.logits, self.sampling, rows.generators)
 
     @torch.inference_mode()
-    def _step(self, rows: _Rows, tokens: Int64[Tensor, " rows"]) -> None:
+    def _step(self, rows: Rows, tokens: Int64[Tensor, " rows"]) -> None:
         body = self.model.model
         rows.last_position = rows.last_position + 1
         rows.mask = torch.cat([rows.mask, torch.ones_like(rows.mask[:, :1])], dim=1)
@@ -169,11 +214,12 @@ class Decoder:
         rows.logits = self.model.lm_head(hidden[:, -1])
 
     @torch.inference_mode()
-    def _prefill(self, prompts: Sequence[Prompt]) -> _Rows:
+    def prefill(self, prompts: Sequence[Prompt]) -> Rows:
+        """Read prompts: packed into one row, and then a row for each."""
         device = self.model.device
         packed = _pack(prompts)
         body = self.model.model
-        visual = self._visual([prompts[number] for number in packed.with_images])
+        visual = self.visual([prompts[number] for number in packed.with_images])
         embeds = body.embed(
             torch.from_numpy(packed.input_ids)[None].to(device),
             torch.from_numpy(packed.visual_index).to(device),
@@ -190,7 +236,7 @@ class Decoder:
         ends = torch.stack([chain[-1] for chain in chains])
         cache, mask = _rows_of_cache(cache, chains)
         numbers = [prompt.number for prompt in prompts]
-        return _Rows(
+        return Rows(
             numbers=numbers,
             generators=[self.sampling.generator(number, device) for number in numbers],
             logits=self.model.lm_head(hidden[0, ends]),
@@ -199,24 +245,28 @@ class Decoder:
             cache=cache,
         )
 
-    def _visual(self, prompts: Sequence[Prompt]) -> Float[Tensor, "tiles tokens hidden"] | None:
+    def visual(
+        self, prompts: Sequence[Prompt]
+    ) -> Float[Tensor, "tiles visual_tokens hidden"] | None:
         """Visual tokens of the prompts' pictures, one after the other; each picture made once."""
-        wanted = {prompt.images: prompt for prompt in prompts}
+        wanted: dict[bytes, np.ndarray] = {}
+        for prompt in prompts:
+            wanted |= zip(prompt.pictures, prompt.tiles, strict=True)
         self.features = {key: self.features[key] for key in wanted if key in self.features}
-        new = {key: prompt for key, prompt in wanted.items() if key not in self.features}
+        new = {key: tiles for key, tiles in wanted.items() if key not in self.features}
         if new:
-            tiles = np.concatenate([prompt.tiles for prompt in new.values()])
-            pieces = [
+            tiles = np.concatenate(list(new.values()))
+            made = [
                 self.model.encode_images(
                     normalise(tiles[start : start + _TILES_AT_ONCE]).to(self.model.device)
                 ).projected
                 for start in range(0, len(tiles), _TILES_AT_ONCE)
             ]
-            counts = [len(prompt.tiles) for prompt in new.values()]
-            self.features |= dict(zip(new, torch.cat(pieces).split(counts), strict=True))
-        if not prompts:
+            counts = [len(each) for each in new.values()]
+            self.features |= dict(zip(new, torch.cat(made).split(counts), strict=True))
+        if not wanted:
             return None
-        return torch.cat([self.features[prompt.images] for prompt in prompts])
+        return torch.cat([self.features[key] for prompt in prompts for key in prompt.pictures])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -54,15 +54,18 @@ def final_answer(text: str) -> str:
     after = text.rpartition("</think>")[2]
     if "<think>" in after:
         return ""
-    boxed = _last_boxed(after)
+    boxed = last_boxed(after)
     if boxed is not None:
         return boxed.strip()
     marked = _MARKER.findall(after)
     return (marked[-1] if marked else after).strip().strip("*").strip()
 
 
-def _last_boxed(text: str) -> str | None:
-    """Content of the complete box that opens last; one pass, whatever the nesting."""
+def last_boxed(text: str) -> str | None:
+    r"""Content of the complete ``\boxed{...}`` that opens last, None without one.
+
+    One pass, whatever the nesting.
+    """
     open_braces: list[tuple[int, bool]] = []
     last = (-1, -1)
     for brace in _BRACE.finditer(text):

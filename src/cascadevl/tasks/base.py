@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
@@ -19,7 +19,7 @@ import PIL.Image
 
 from cascadevl.data.conversation import thinking_answer
 from cascadevl.scoring import answers
-from cascadevl.types import ImageRef, Message, Record
+from cascadevl.types import ImageRef, Message, Part, Record
 
 Split: TypeAlias = Literal["train", "test"]
 Stage: TypeAlias = Literal["pretrain", "sft", "document"]
@@ -164,7 +164,7 @@ def to_record(scene: Scene, *, task: str, stage: Stage = "sft", style: Style = "
     messages: tuple[Message, ...]
     branches: tuple[tuple[Message, ...], ...] = ()
     if stage == "document":
-        pictures = (*_shown(scene), "\n") if scene.images else ()
+        pictures: tuple[Part, ...] = (*_shown(scene), "\n") if scene.images else ()
         lines = [f"{prompt} {response}" for prompt, response in pairs]
         if scene.description:
             lines[0] = scene.description
@@ -211,6 +211,9 @@ class TaskSource:
         seed: Seed of the scenes.
         stage: What the records are for.
         style: How answers with worked steps are written.
+        label: Name of the source, where several of one task share a mixture; the task's if empty.
+        max_tiles: The source's own limit of tiles a picture.
+        augment: Whether pictures are degraded in training.
     """
 
     task: Task
@@ -219,11 +222,14 @@ class TaskSource:
     seed: int = 0
     stage: Stage = "sft"
     style: Style = "steps"
+    label: str = ""
+    max_tiles: int | None = None
+    augment: bool = False
 
     @property
     def name(self) -> str:
-        """Name of the task."""
-        return self.task.name
+        """The label, or the task's name."""
+        return self.label or self.task.name
 
     def __len__(self) -> int:
         """Number of records."""
@@ -238,7 +244,8 @@ class TaskSource:
         if not 0 <= index < self.length:
             raise IndexError(f"record {index} of {self.length} of task {self.name!r}")
         scene = self.task.draw(self.split, self.seed, index)
-        return to_record(scene, task=self.name, stage=self.stage, style=self.style)
+        record = to_record(scene, task=self.name, stage=self.stage, style=self.style)
+        return replace(record, max_tiles=self.max_tiles, augment=self.augment)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

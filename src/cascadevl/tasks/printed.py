@@ -125,9 +125,7 @@ class Printed:
         text = "; ".join(" ".join(line) for line in lines)
         return Scene(
             scene_id=f"{self.name}/{self.difficulty}/{self.px}px/{split}/{seed}:{index}",
-            images=(
-                render(generator, [" ".join(line) for line in lines], face, level, self.px),
-            ),
+            images=(render(generator, [" ".join(line) for line in lines], face, level, self.px),),
             questions=tuple(questions),
             description=f"Printed text in a {face} font: {text}",
         )

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cascadevl.data.ratios import parse_ratio
 from cascadevl.errors import ConfigError
 from cascadevl.losses.next_token import Averaging
 from cascadevl.train.loop import RunConfig
@@ -68,6 +70,12 @@ class DataConfig:
 
     Attributes:
         meta: Meta files that list data sets; unused where a recipe is given sources in code.
+        weights: Draws of each data set relative to the others, by name, instead of size and
+            ``repeat_time``. Either all data sets have one or none.
+        mixture: Text to multimodal: ``internvl3`` (1:3), ``internvl3_5`` (1:2.5),
+            ``internvl3_5_sft`` (1:3.5), any ``"a:b"``, or ``as_given`` for no ratio at all.
+        mixture_unit: What the ratio counts. InternVL3 counts tokens, InternVL3.5 does not say.
+        mixture_examples: Records of each data set built at most to learn its tokens a record.
         max_tokens: Longer samples are left out and counted.
         max_tiles: Most tiles an image; None for the model's own limit.
         jpeg: Degrade every picture by random JPEG compression, not only those of data sets
@@ -80,6 +88,10 @@ class DataConfig:
     """
 
     meta: tuple[Path, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+    mixture: str = "as_given"
+    mixture_unit: Literal["tokens", "samples"] = "tokens"
+    mixture_examples: int = 256
     max_tokens: int = 32768  # 16384 in InternVL3's second SFT
     max_tiles: int | None = None
     jpeg: bool = True  # InternVL3.5 report, pre-training and SFT
@@ -88,6 +100,14 @@ class DataConfig:
     max_frames: int = 32
     max_skipped_share: float = 0.5
     prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse a ratio that is none."""
+        parse_ratio(self.mixture)
+        if self.mixture_examples < 1:
+            raise ConfigError(
+                f"data.mixture_examples is {self.mixture_examples}; look at 1 or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

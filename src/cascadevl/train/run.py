@@ -197,6 +197,12 @@ def saver(config: TrainConfig) -> Callable[[TrainState[BatchT]], Path]:
     return save
 
 
+def older_run(out: Path) -> Path | None:
+    """What a run folder holds of a run: its latest checkpoint, its model, or None."""
+    model = out / MODEL
+    return checkpoint.latest(out / CHECKPOINTS) or (model if model.exists() else None)
+
+
 def take_up(state: TrainState[BatchT], config: TrainConfig) -> Path | None:
     """Continue from the latest checkpoint of the run folder, if resuming is asked for.
 
@@ -211,7 +217,7 @@ def take_up(state: TrainState[BatchT], config: TrainConfig) -> Path | None:
             would overwrite an old one's checkpoints.
     """
     path = checkpoint.latest(config.run.out / CHECKPOINTS)
-    older = path or (config.run.out / MODEL if (config.run.out / MODEL).exists() else None)
+    older = older_run(config.run.out)
     if older is not None and not config.run.resume:
         raise TrainingError(
             f"{older} is there from an older run; go on with that run with --run.resume true, "
@@ -276,6 +282,8 @@ def export(
         )
         if config.data.increment == "random":
             model.config.increment = "auto"
+        elif config.data.increment != 1:
+            model.config.increment = config.data.increment
         if path.exists():  # of the same run, taken up again after its end
             shutil.rmtree(path)
         save(model, processor, path)

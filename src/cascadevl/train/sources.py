@@ -1,7 +1,7 @@
 """From sources to the stream of batches a recipe trains on.
 
 What a model was built with (template, tile size, tokens a tile) comes from its processor; what a
-run chooses (limits, augmentation, packing) from its configuration.
+run chooses (limits, augmentation, packing, mixture) from its configuration.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from cascadevl.data.example import ExampleBuilder, ExampleConfig
-from cascadevl.data.hub import open_source
+from cascadevl.data.meta import read_meta
 from cascadevl.data.mixture import Mixture, WeightedSource
 from cascadevl.data.packing import FixedRows, Packer
 from cascadevl.data.prefetch import Prefetcher
 from cascadevl.data.processor import CascadeVLProcessor
-from cascadevl.data.records import read_meta
 from cascadevl.data.stream import BatchStream, CollateConfig, StreamConfig
 from cascadevl.errors import ConfigError
 from cascadevl.model.configuration import CascadeVLConfig
+from cascadevl.model.v2pe import dynamic_limit
+from cascadevl.tasks.naming import weighted
 from cascadevl.train.config import BatchConfig, DataConfig, TrainConfig
+from cascadevl.train.mixing import mixed
 from cascadevl.types import Example
 
 
@@ -31,15 +33,14 @@ def sources_of_meta(paths: Sequence[Path]) -> list[WeightedSource]:
     """The data sets of some meta files, each drawn as often as it has records.
 
     Raises:
-        ConfigError: If there is no meta file.
+        ConfigError: If there is no meta file, or a task is named that does not exist.
         DataError: If a meta file or an annotation cannot be read.
     """
     if not paths:
         raise ConfigError(
             "there is nothing to train on; name a meta file with --data.meta '[meta.json]'"
         )
-    specs = [spec for path in paths for spec in read_meta(path)]
-    return [WeightedSource(source=open_source(spec)) for spec in specs]
+    return [weighted(spec) for path in paths for spec in read_meta(path)]
 
 
 def example_config(data: DataConfig, processor: CascadeVLProcessor, seed: int) -> ExampleConfig:
@@ -60,6 +61,21 @@ def example_config(data: DataConfig, processor: CascadeVLProcessor, seed: int) -
         min_frames=data.min_frames,
         max_frames=data.max_frames,
     )
+
+
+def example_builder(
+    data: DataConfig, processor: CascadeVLProcessor, seed: int, *, max_positions: int | None = None
+) -> ExampleBuilder:
+    """What makes the examples of a run.
+
+    Args:
+        data: What is trained on.
+        processor: The model's processor.
+        seed: Of what is drawn at random.
+        max_positions: Most positions of an example, where the model's RoPE allows no more.
+    """
+    settings = replace(example_config(data, processor, seed), max_positions=max_positions)
+    return ExampleBuilder(processor.tokenizer, settings, processor.tokens_per_tile)
 
 
 def row_rule(batch: BatchConfig) -> Packer[Example] | FixedRows[Example]:
@@ -85,15 +101,17 @@ def open_stream(
         config: The run's.
         accelerator: Knows which process this is.
         model: The model's configuration.
+
+    Raises:
+        ConfigError: If the sources cannot be mixed as configured.
+        DataError: If the tokens of a source cannot be estimated.
     """
-    seed = config.run.seed
+    builder = example_builder(
+        config.data, processor, config.run.seed, max_positions=dynamic_limit(model)
+    )
     stream = BatchStream(
-        Mixture(sources, seed),
-        ExampleBuilder(
-            processor.tokenizer,
-            example_config(config.data, processor, seed),
-            processor.tokens_per_tile,
-        ),
+        Mixture(mixed(sources, builder, config, accelerator), config.run.seed),
+        builder,
         row_rule(config.batch),
         CollateConfig(
             image_token_id=processor.image_token_id,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from cascadevl.data.example import ExampleBuilder, Span, describe
+from cascadevl.data.example import Span, describe
 from cascadevl.data.mixture import Mixture
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.errors import ConfigError, DataError
@@ -14,8 +14,9 @@ from cascadevl.model.loading import find
 from cascadevl.model.repository_files import load_processor
 from cascadevl.sequence import expand
 from cascadevl.train.config import TrainConfig
+from cascadevl.train.mixing import mixed
 from cascadevl.train.run import from_scratch
-from cascadevl.train.sources import example_config, sources_of_meta
+from cascadevl.train.sources import example_builder, sources_of_meta
 from cascadevl.types import Example
 
 MAX_DRAWS = 100
@@ -75,9 +76,9 @@ def first_samples(config: TrainConfig, count: int) -> Iterator[SeenSample | Data
         ConfigError: If the run has no model or data to begin with.
     """
     processor = _processor(config)
-    settings = example_config(config.data, processor, config.run.seed)
-    builder = ExampleBuilder(processor.tokenizer, settings, processor.tokens_per_tile)
-    mixture = Mixture(sources_of_meta(config.data.meta), config.run.seed)
+    builder = example_builder(config.data, processor, config.run.seed)
+    sources = mixed(sources_of_meta(config.data.meta), builder, config)
+    mixture = Mixture(sources, config.run.seed)
     found = 0
     for draw in islice(mixture.draws(), MAX_DRAWS):
         try:

@@ -9,7 +9,6 @@ its duration depends on the machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -35,20 +34,8 @@ PRETRAIN_STEPS = 600
 SFT_STEPS = 900
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Named(TaskSource):
-    """A task source with a name of its own: two difficulties of one family share a mixture."""
-
-    label: str
-
-    @property
-    def name(self) -> str:
-        """The label."""
-        return self.label
-
-
 def _source(label: str, task: Task, weight: float, stage: Stage) -> WeightedSource:
-    source = _Named(task=task, length=TRAINING_SCENES, seed=SEED, stage=stage, label=label)
+    source = TaskSource(task=task, length=TRAINING_SCENES, seed=SEED, stage=stage, label=label)
     return WeightedSource(source=source, weight=weight)
 
 

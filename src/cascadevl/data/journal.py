@@ -1,0 +1,133 @@
+"""JSONL files that grow together, chunk by chunk, and survive an interruption at any point.
+
+Making data with a model takes hours, so it must be possible to go on. A chunk is written to all
+files first and then noted in a journal with the files' sizes: what a crash left behind the last
+noted size is cut off when the work is taken up again, so that no record is lost or doubled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cascadevl.data.json_text import decode_json
+from cascadevl.errors import ConfigError
+
+JOURNAL = "journal.jsonl"
+"""Name of the journal in the folder."""
+
+
+class Journal:
+    """Files of records that are written in numbered chunks.
+
+    Attributes:
+        num_chunks: Chunks that are complete on disk.
+        state: What was noted with the last one; empty before the first.
+    """
+
+    def __init__(
+        self, folder: Path, names: Sequence[str], settings: Mapping[str, Any], *, resume: bool
+    ) -> None:
+        """Open a folder for a new set of files, or go on with one.
+
+        Args:
+            folder: Made if missing.
+            names: Names of the files.
+            settings: JSON values that the content depends on; a resumed set must have the same.
+            resume: Go on where an earlier attempt stopped; a folder without one is begun.
+
+        Raises:
+            ConfigError: If there are files already and they are not to be gone on with, they were
+                made with other settings, or they were changed since.
+            DataError: Of kind ``invalid_json``, if the journal was damaged.
+        """
+        self._folder, self._names = folder, tuple(names)
+        self._path = folder / JOURNAL
+        self.num_chunks, self.state = 0, dict[str, Any]()
+        plain = json.loads(json.dumps(settings, default=str))
+        if not self._path.exists():
+            self._begin(plain)
+            return
+        if not resume:
+            raise ConfigError(
+                f"{folder} holds data already; go on with them (resume), or choose another folder"
+            )
+        self._take_up(plain)
+
+    def commit(
+        self, records: Mapping[str, Sequence[Mapping[str, Any]]], state: Mapping[str, Any]
+    ) -> None:
+        """Append one chunk to the files, and note that it is complete.
+
+        Args:
+            records: The chunk's records by file; a file may have none.
+            state: JSON values that the next chunks go on from.
+        """
+        for name, chunk in records.items():
+            with self._file(name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in chunk)
+        self.num_chunks += 1
+        self.state = dict(state)
+        entry = {"chunk": self.num_chunks, "sizes": self._sizes(), "state": self.state}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _file(self, name: str) -> Path:
+        return self._folder / name
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: self._file(name).stat().st_size for name in self._names}
+
+    def _begin(self, settings: Mapping[str, Any]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for name in self._names:
+            if self._file(name).exists():
+                raise ConfigError(
+                    f"{self._file(name)} is there, but no {JOURNAL}; choose another folder"
+                )
+        for name in self._names:
+            self._file(name).touch()
+        # Renamed into place: half a first line would leave files that nothing can go on with.
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps({"settings": settings}) + "\n", "utf-8")
+        partial.replace(self._path)
+
+    def _take_up(self, settings: Mapping[str, Any]) -> None:
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]  # the rest is a line that was not finished
+        entries: list[Any] = [
+            decode_json(line, source=f"{self._path}:{number}")
+            for number, line in enumerate(whole.splitlines(), start=1)
+        ]
+        _check_same(entries[0]["settings"], settings, self._folder)
+        sizes = dict.fromkeys(self._names, 0)
+        if len(entries) > 1:
+            last = entries[-1]
+            self.num_chunks, self.state, sizes = last["chunk"], last["state"], last["sizes"]
+        paths = {self._file(name): size for name, size in sizes.items()}
+        for path, size in {**paths, self._path: len(whole)}.items():
+            _cut(path, size)
+
+
+def _cut(path: Path, size: int) -> None:
+    """Take away what was written after the last note."""
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise ConfigError(
+            f"{path} has {found} bytes, but {size} were noted: it was changed or lost since; "
+            "choose another folder"
+        )
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{folder} was begun with {key} = {before.get(key)!r} and cannot go on with "
+            f"{now.get(key)!r}; give the same settings, or choose another folder"
+        )
