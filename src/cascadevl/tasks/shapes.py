@@ -334,15 +334,20 @@ def render(things: Sequence[Thing], paper: tuple[int, int, int], px: int) -> PIL
     image = PIL.Image.new("RGB", (side, side), paper)
     canvas = PIL.ImageDraw.Draw(image)
     for thing in things:
-        box = tuple(edge * side for edge in thing.box)
-        colour = COLOURS[thing.colour]
-        if thing.shape == "circle":
-            canvas.ellipse(box, fill=colour)
-        elif thing.shape == "square":
-            canvas.rectangle(box, fill=colour)
-        else:
-            canvas.polygon(_corners(thing.shape, box), fill=colour)
+        draw_thing(canvas, thing, side)
     return image.reduce(factor) if factor > 1 else image
+
+
+def draw_thing(canvas: PIL.ImageDraw.ImageDraw, thing: Thing, side: int) -> None:
+    """Draw one object on a picture of that side, in pixels."""
+    box = tuple(edge * side for edge in thing.box)
+    colour = COLOURS[thing.colour]
+    if thing.shape == "circle":
+        canvas.ellipse(box, fill=colour)
+    elif thing.shape == "square":
+        canvas.rectangle(box, fill=colour)
+    else:
+        canvas.polygon(_corners(thing.shape, box), fill=colour)
 
 
 def _corners(shape: str, box: Sequence[float]) -> list[tuple[float, float]]:

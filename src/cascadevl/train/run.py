@@ -241,7 +241,7 @@ def take_up(state: TrainState[BatchT], config: TrainConfig) -> Path | None:
 
 @contextmanager
 def open_log(
-    stage: str, config: TrainConfig, state: TrainState[Batch], console: Console | None
+    stage: str, config: TrainConfig, state: TrainState[BatchT], console: Console | None
 ) -> Iterator[RunLog]:
     """The run's log, its facts written, and the bodies compiled if that is asked for."""
     is_main = state.accelerator.is_main_process
