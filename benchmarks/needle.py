@@ -16,13 +16,14 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from experiment import fine_tuned, finished, kept, markdown, pooled, quiet, written
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from cascadevl.data.mixture import WeightedSource
 from cascadevl.data.processor import CascadeVLProcessor
@@ -32,15 +33,12 @@ from cascadevl.model.loading import load
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.sampling import Sampling
 from cascadevl.model.v2pe import choose_increment
-from cascadevl.scoring.metrics import accuracy
 from cascadevl.tasks.base import Task, TaskSource, to_prompt
 from cascadevl.tasks.easy_vqa import EasyVQA
 from cascadevl.tasks.handwriting import Handwriting
 from cascadevl.tasks.needle import Needle
 from cascadevl.tasks.shapes import Shapes
 from cascadevl.train.config import TrainConfig
-from cascadevl.train.pretrain import pretrain
-from cascadevl.train.run import TrainResult
 from cascadevl.train.sft import sft
 from cascadevl.workflows import nano
 
@@ -65,45 +63,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    base = make_base(args.out / "base", args.base_steps)
-    results = []
-    for seed in args.seeds:
-        for arm in ARMS:
-            done = args.out / f"{arm.replace(' ', '_')}-{seed}.json"
-            if not done.exists():
-                path = train_arm(arm, seed, base, args.out, args.steps, args.rows)
-                result = {"arm": arm, "seed": seed, **examine(path, seed, args.questions)}
-                done.write_text(json.dumps(result), "utf-8")
-            results.append(json.loads(done.read_text("utf-8")))
-            print(done.read_text("utf-8")[:200], flush=True)
+    base = fine_tuned(args.out / "base", args.base_steps)
+
+    def run(arm: str, seed: int) -> dict[str, Any]:
+        path = train_arm(arm, seed, base, args.out, args.steps, args.rows)
+        return {"arm": arm, "seed": seed, **examine(path, seed, args.questions)}
+
+    results = [
+        kept(args.out / f"{arm.replace(' ', '_')}-{seed}.json", partial(run, arm, seed))
+        for seed in args.seeds
+        for arm in ARMS
+    ]
     summary = summarise(results)
     (args.out / "needle.md").write_text(table(summary), "utf-8")
     draw(summary, args.out / "needle.png")
     print(table(summary))
     print(json.dumps({"steps": args.steps, "rows": args.rows, "scores": summary}))
-
-
-def make_base(out: Path, num_steps: int) -> Path:
-    """A model that reads single pictures; trained once, the same for every arm and seed."""
-    quiet = Console(quiet=True)
-    if (done := out / "sft" / "model").exists():
-        return done
-    first = pretrain(
-        nano.stage_config("pretrain", out / "pretrain", num_steps=num_steps, model=None),
-        sources=nano.pretrain_sources(),
-        tokenizer=nano.tokenizer(),
-        console=quiet,
-    )
-    path = finished(first)
-    config = nano.stage_config("sft", out / "sft", num_steps=num_steps, model=path)
-    return finished(sft(config, sources=nano.sft_sources(), console=quiet))
-
-
-def finished(result: TrainResult) -> Path:
-    """The model of a run; the program ends where the run was asked to stop."""
-    if result.model_path is None:
-        raise SystemExit("asked to stop; the same command goes on from here")
-    return result.model_path
 
 
 def sources() -> list[WeightedSource]:
@@ -128,7 +103,7 @@ def train_arm(arm: str, seed: int, base: Path, out: Path, num_steps: int, rows: 
         batch=replace(config.batch, row_samples=rows),
         run=replace(config.run, seed=100 + seed, eval_interval=0),
     )
-    return finished(sft(config, sources=sources(), console=Console(quiet=True)))
+    return finished(sft(config, sources=sources(), console=quiet()))
 
 
 def examine(path: Path, seed: int, num_questions: int) -> dict[str, Any]:
@@ -221,7 +196,6 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for arm, kind, row, increment in _cells(results):
         of_arm = [result for result in results if result["arm"] == arm]
         each = [result[kind][row]["right"][increment] for result in of_arm]
-        pooled = accuracy([value for values in each for value in values])
         base = [result[kind][row]["most_frequent"] for result in of_arm]
         summary.append(
             {
@@ -229,10 +203,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "kind": kind,
                 "row": row,
                 "increment": increment,
-                "percent": 100 * pooled.value,
-                "low": 100 * pooled.low,
-                "high": 100 * pooled.high,
-                "seeds": [100 * sum(values) / len(values) for values in each],
+                **pooled(each),
                 "most_frequent": 100 * sum(base) / len(base),
             }
         )
@@ -250,16 +221,14 @@ def _cells(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, str, s
 
 def table(summary: Sequence[dict[str, Any]]) -> str:
     """A Markdown table: one line for each row and increment, one column for each arm."""
-    lines = ["| row | increment | most frequent | " + " | ".join(ARMS) + " |"]
-    lines.append("|---" * (3 + len(ARMS)) + "|")
     cells = {(s["row"], s["increment"], s["arm"]): s for s in summary}
+    lines = []
     for row, increment in dict.fromkeys((s["row"], s["increment"]) for s in summary):
         scores = [cells.get((row, increment, arm)) for arm in ARMS]
-        texts = ["" if s is None else f"{s['percent']:.1f} ({s['low']:.0f}-{s['high']:.0f})"
-                 for s in scores]  # fmt: skip
         chance = next(s["most_frequent"] for s in scores if s is not None)
-        lines.append(f"| {row} | {increment} | {chance:.1f} | " + " | ".join(texts) + " |")
-    return "\n".join(lines) + "\n"
+        texts = ["" if score is None else written(score) for score in scores]
+        lines.append([row, increment, f"{chance:.1f}", *texts])
+    return markdown(["row", "increment", "most frequent", *ARMS], lines)
 
 
 def draw(summary: Sequence[dict[str, Any]], path: Path) -> None:

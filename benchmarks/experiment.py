@@ -1,0 +1,84 @@
+"""What the experiment programs share: runs that go on, results kept, scores of all seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cascadevl.scoring.metrics import accuracy
+from cascadevl.train.pretrain import pretrain
+from cascadevl.train.run import TrainResult
+from cascadevl.train.sft import sft
+from cascadevl.workflows import nano
+
+
+def quiet() -> Console:
+    """A console that shows nothing: progress of many short runs is noise."""
+    return Console(quiet=True)
+
+
+def finished(result: TrainResult) -> Path:
+    """The model of a run; the program ends where the run was asked to stop."""
+    if result.model_path is None:
+        raise SystemExit("asked to stop; the same command goes on from here")
+    return result.model_path
+
+
+def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A result, computed if it is not in its file yet."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(compute()), "utf-8")
+        partial.replace(path)
+        print(f"{path.stem} is done", flush=True)
+    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return result
+
+
+def pretrained(out: Path, num_steps: int) -> Path:
+    """Nano after the first stage of the demo: it describes single pictures."""
+    if (done := out / "pretrain" / "model").exists():
+        return done
+    config = nano.stage_config("pretrain", out / "pretrain", num_steps=num_steps, model=None)
+    sources, tokenizer = nano.pretrain_sources(), nano.tokenizer()
+    return finished(pretrain(config, sources=sources, tokenizer=tokenizer, console=quiet()))
+
+
+def fine_tuned(out: Path, num_steps: int) -> Path:
+    """Nano after both stages of the demo, each of so many steps: it answers about pictures."""
+    if (done := out / "sft" / "model").exists():
+        return done
+    model = pretrained(out, num_steps)
+    config = nano.stage_config("sft", out / "sft", num_steps=num_steps, model=model)
+    return finished(sft(config, sources=nano.sft_sources(), console=quiet()))
+
+
+def pooled(right: Sequence[Sequence[bool]]) -> dict[str, Any]:
+    """Percent of right answers over all seeds with its 95 % interval, and of each seed.
+
+    Every seed has questions of its own, so answers of different seeds are independent given the
+    models; the interval does not cover what another seed of training would change.
+    """
+    every = accuracy([value for values in right for value in values])
+    return {
+        "percent": 100 * every.value,
+        "low": 100 * every.low,
+        "high": 100 * every.high,
+        "seeds": [100 * sum(values) / len(values) for values in right],
+    }
+
+
+def written(score: dict[str, Any]) -> str:
+    """A pooled score as it stands in tables."""
+    return f"{score['percent']:.1f} ({score['low']:.0f}-{score['high']:.0f})"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
