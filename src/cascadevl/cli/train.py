@@ -1,4 +1,4 @@
-"""``cascadevl train {pretrain,sft}``: a training run from a YAML file and overrides."""
+"""``cascadevl train {pretrain,posthoc,sft}``: a training run from a YAML file and overrides."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ STOPPED = 1
 
 STAGES = {
     "pretrain": "native multimodal pre-training: all text of a sample is learned",
+    "posthoc": "the route that native pre-training replaces: the projector alone, then everything",
     "sft": "supervised fine-tuning: only answers are learned",
 }
 _OWN_OPTIONS = ("--help", "--model", "--data", "--out", "--resume", "--print_config", "--dry-run")
@@ -134,7 +135,9 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     """The run's configuration: files, then the short options, then the overrides."""
     from cascadevl.config import load_config
     from cascadevl.train.config import TrainConfig
+    from cascadevl.train.posthoc import PosthocConfig
 
+    kind = PosthocConfig if args.stage == "posthoc" else TrainConfig
     short = []
     if args.model is not None:
         # A model to start from replaces a preset that a file names.
@@ -145,15 +148,18 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
         short.append(f"run.out={args.out}")
     if args.resume:
         short.append("run.resume=true")
-    return load_config(TrainConfig, files=args.configs, overrides=[*short, *args.overrides])
+    return load_config(kind, files=args.configs, overrides=[*short, *args.overrides])
 
 
 def _train(stage: str, config: TrainConfig) -> int:
+    from cascadevl.train.posthoc import PosthocConfig, posthoc
     from cascadevl.train.pretrain import pretrain
     from cascadevl.train.sft import sft
 
-    recipe = {"pretrain": pretrain, "sft": sft}[stage]
-    result = recipe(config)
+    if isinstance(config, PosthocConfig):
+        result = posthoc(config)
+    else:
+        result = {"pretrain": pretrain, "sft": sft}[stage](config)
     for (dataset, kind), count in sorted(result.skipped.items()):
         print(f"left out: {count} x {kind} of {dataset}", file=sys.stderr)
     if not result.finished:
