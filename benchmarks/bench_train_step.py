@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from experiment import Given
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration
 
@@ -69,26 +70,6 @@ class PeerBatch:
     attention_mask: Tensor
     labels: Tensor
     pixel_values: Tensor
-
-
-class Given:
-    """The one batch, again and again."""
-
-    def __init__(self, batch: Batch) -> None:
-        """Keep the batch."""
-        self.batch = batch
-
-    def __next__(self) -> Batch:
-        """The batch."""
-        return self.batch
-
-    def state_dict(self) -> dict[str, object]:
-        """Nothing: it never moves on."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, object], /) -> None:
-        """Stay where it is."""
-        del state
 
 
 def as_turns(record: Record) -> Record:

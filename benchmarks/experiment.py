@@ -13,6 +13,7 @@ from cascadevl.scoring.metrics import accuracy
 from cascadevl.train.pretrain import pretrain
 from cascadevl.train.run import TrainResult
 from cascadevl.train.sft import sft
+from cascadevl.types import Batch
 from cascadevl.workflows import nano
 
 
@@ -82,3 +83,23 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+class Given:
+    """The one batch, again and again."""
+
+    def __init__(self, batch: Batch) -> None:
+        """Keep the batch."""
+        self.batch = batch
+
+    def __next__(self) -> Batch:
+        """The batch."""
+        return self.batch
+
+    def state_dict(self) -> dict[str, object]:
+        """Nothing: it never moves on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, object], /) -> None:
+        """Stay where it is."""
+        del state

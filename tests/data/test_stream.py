@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections import Counter
@@ -114,6 +115,17 @@ def fixed(
     )
 
 
+def levelled(
+    source: Mixture | None = None,
+    config: StreamConfig | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchStream:
+    config = dataclasses.replace(config or StreamConfig(rows_per_batch=2), level_rows=3)
+    return packed(source, config, rank=rank, world_size=world_size)
+
+
 Make = Callable[..., BatchStream]
 
 
@@ -184,7 +196,7 @@ def test_the_epoch_reaches_the_builder() -> None:
     assert all(len(variants) > 3 for variants in by_source.values())
 
 
-@pytest.mark.parametrize("make", [packed, fixed])
+@pytest.mark.parametrize("make", [packed, fixed, levelled])
 @pytest.mark.parametrize("stop", [0, 1, 7])
 def test_resumed_equals_uninterrupted_bit_for_bit(make: Make, stop: int) -> None:
     config = StreamConfig(rows_per_batch=2)
@@ -209,7 +221,7 @@ def test_the_state_of_a_packer_holds_samples_back() -> None:
     assert stream.num_draws == state["cursor"] > sum(map(len, state["rows"]["rows"]))
 
 
-@pytest.mark.parametrize("make", [packed, fixed])
+@pytest.mark.parametrize("make", [packed, fixed, levelled])
 def test_a_bounded_stream_gives_every_draw_once_and_ends(make: Make) -> None:
     stream = make(config=StreamConfig(rows_per_batch=2, num_draws=80))
     found = sources_of(list(stream))
@@ -294,7 +306,7 @@ def test_ranks_draw_different_records_of_one_sequence() -> None:
     assert found == [wanted[rank::3] for rank in range(3)]
 
 
-@pytest.mark.parametrize("make", [packed, fixed])
+@pytest.mark.parametrize("make", [packed, fixed, levelled])
 @pytest.mark.parametrize("new_world_size", [1, 2, 5])
 def test_another_number_of_ranks_loses_nothing_and_repeats_nothing(
     make: Make, new_world_size: int

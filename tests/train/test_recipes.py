@@ -74,6 +74,22 @@ def test_the_exported_model_is_the_trained_one(pretrained: Path) -> None:
         assert torch.equal(parameter, weights[name]), name
 
 
+def test_rows_of_a_fixed_length_change_nothing_but_the_padding(tmp_path: Path) -> None:
+    results = [
+        pretrain(
+            small_config(tmp_path / str(fixed), batch__fixed_rows=fixed, run__num_steps=2),
+            sources=sources(),
+            tokenizer=tokenizer(),
+            console=QUIET,
+        )
+        for fixed in (False, True)
+    ]
+    assert results[0].counters == results[1].counters
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
+    with pytest.raises(ConfigError, match="use packing fill"):
+        small_config(tmp_path, batch__packing="count", batch__fixed_rows=True)
+
+
 def test_sft_goes_on_from_it_with_own_files_and_counts_what_it_skips(
     pretrained: Path, tmp_path: Path
 ) -> None:

@@ -15,8 +15,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from cascadevl.data import lanes
 from cascadevl.data.collate import collate
+from cascadevl.data.levelling import NOTHING_WAITS, Leveller
 from cascadevl.data.mixture import Draw, Mixture, next_position
-from cascadevl.data.packing import Fill, FixedRows, Packer, Row, Size, rebuild_row, size_of
+from cascadevl.data.packing import Fill, FixedRows, Packer, Size, size_of
 from cascadevl.errors import ConfigError, DataError, TrainingError
 from cascadevl.losses.next_token import Averaging
 from cascadevl.types import Batch, Example, Record
@@ -73,6 +74,7 @@ class StreamConfig:
 
     Attributes:
         rows_per_batch: Rows of a batch.
+        level_rows: Rows to choose the next from, so that tiles follow tokens (`Leveller`).
         num_draws: Draws after which the stream ends, of all ranks together; None for never.
             Open rows then leave as they are, and the last batch may be smaller.
         max_skipped_share: Largest share of bad records among the draws of this rank.
@@ -80,6 +82,7 @@ class StreamConfig:
     """
 
     rows_per_batch: int = 1
+    level_rows: int = 1
     num_draws: int | None = None
     max_skipped_share: float = 0.5
     draws_before_judging: int = 100
@@ -139,7 +142,7 @@ class BatchStream:
         self._rank, self._world_size = rank, world_size
         self._cursor = rank
         self._pending: deque[int] = deque()  # positions to draw before the cursor goes on
-        self._ready: deque[Row[Example]] = deque()
+        self._ready: Leveller[Example] = Leveller(self._config.level_rows)
         self._num_draws = 0
         self._skipped: dict[tuple[str, str], Skipped] = {}
 
@@ -169,29 +172,31 @@ class BatchStream:
             StopIteration: After ``num_draws`` draws.
             DataError: If too many records are bad; the text gives the counts.
         """
-        while len(self._ready) < self._config.rows_per_batch:
+        is_end = False
+        while not is_end and not self._ready.has_next(self._config.rows_per_batch, is_end=False):
             position = self._next_position()
             if position is None:
                 self._judge()
-                self._ready.extend(self._rows.flush())
-                break
-            self._take(position)
-        if not self._ready:
+                self._ready.add(self._rows.flush())
+                is_end = True
+            else:
+                self._take(position)
+        if not self._ready.has_next(1, is_end=is_end):
             raise StopIteration
         num_rows = min(len(self._ready), self._config.rows_per_batch)
-        return self._collate([self._ready.popleft().items for _ in range(num_rows)])
+        return self._collate([self._ready.take().items for _ in range(num_rows)])
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the last batch; plain JSON."""
-        ready, rows = [list(row.positions) for row in self._ready], self._rows.state_dict()
-        waiting = (position for row in [*ready, *rows["rows"]] for position in row)
+        rows = self._rows.state_dict()
+        waiting = self._ready.positions() + [p for row in rows["rows"] for p in row]
         return {
             "mixture": self._mixture.fingerprint(),
             "places": self._mixture.places(min([self._cursor, *self._pending, *waiting])),
             "world_size": self._world_size,
             "cursor": self._cursor,
             "pending": list(self._pending),
-            "ready": ready,
+            "ready": self._ready.state_dict(),
             "rows": rows,
             "num_draws": self._num_draws,
             "skipped": [
@@ -219,7 +224,7 @@ class BatchStream:
         else:
             self._cursor, self._pending = state["cursor"], deque(state["pending"])
         self._rows.load_state_dict(state["rows"], self._rebuild)
-        self._ready = deque(rebuild_row(positions, self._rebuild) for positions in state["ready"])
+        self._ready.load_state_dict(state["ready"], self._rebuild)
         # what was counted before a merge is counted once more, by rank 0 alone
         counts = state["world_size"] is not None or self._rank == 0
         self._num_draws = state["num_draws"] if counts else 0
@@ -240,7 +245,7 @@ class BatchStream:
         self._num_draws += 1
         try:
             example, size = self._build(draw)
-            self._ready.extend(self._rows.add(example, size, position))
+            self._ready.add(self._rows.add(example, size, position))
         except DataError as error:
             key = (draw.source_name, error.kind)
             before = self._skipped.get(key)
@@ -320,7 +325,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     waiting = [
         position
         for state in states
-        for row in [*state["ready"], *state["rows"]["rows"]]
+        for row in [*state["ready"]["rows"], *state["rows"]["rows"]]
         for position in row
     ]
     undrawn = [position for state in states for position in state["pending"]]
@@ -338,7 +343,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "world_size": None,
         "cursor": top,
         "pending": pending,
-        "ready": [],
+        "ready": NOTHING_WAITS,
         "rows": {"rows": [], "fill": states[0]["rows"]["fill"]},
         "num_draws": sum(state["num_draws"] for state in states) - len(waiting),
         "skipped": [[*key, value.count, value.first] for key, value in skipped.items()],

@@ -121,6 +121,10 @@ class BatchConfig:
         row_tokens: Most tokens of a row under ``fill``.
         row_tiles: Most tiles of a row under ``fill``.
         buffer_rows: Rows kept open under ``fill``.
+        level_rows: Full rows of which the next is chosen under ``fill``, so that every process
+            gets tiles in proportion to tokens and none waits for another (`Leveller`).
+        fixed_rows: Pad every row to ``row_tokens`` under ``fill``: a compiled model then meets
+            one length only.
         row_samples: Samples of a row under ``count``.
         averaging: How the weight of a token falls with the length of its answer.
     """
@@ -130,8 +134,18 @@ class BatchConfig:
     row_tokens: int = 32768
     row_tiles: int = 96
     buffer_rows: int = 20
+    level_rows: int = 8  # ours: benchmarks/bench_packing.py
+    fixed_rows: bool = False
     row_samples: int = 1
     averaging: Averaging = "square"
+
+    def __post_init__(self) -> None:
+        """Refuse a length for rows that have none."""
+        if self.fixed_rows and self.packing != "fill":
+            raise ConfigError(
+                f"batch.fixed_rows pads rows to row_tokens, which packing {self.packing!r} does "
+                "not heed; use packing fill, or leave it off"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

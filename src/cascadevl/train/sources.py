@@ -119,9 +119,12 @@ def open_stream(
             tokens_per_tile=processor.tokens_per_tile,
             averaging=config.batch.averaging,
             ceil_after_image=model.ceil_after_image,
+            pad_to=config.batch.row_tokens if config.batch.fixed_rows else None,
         ),
         StreamConfig(
-            rows_per_batch=config.batch.rows, max_skipped_share=config.data.max_skipped_share
+            rows_per_batch=config.batch.rows,
+            level_rows=config.batch.level_rows if config.batch.packing == "fill" else 1,
+            max_skipped_share=config.data.max_skipped_share,
         ),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
