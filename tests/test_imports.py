@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cascadevl.cli.main import make_parser
+from cascadevl.cli.train import STAGES, read_config
 from cascadevl.config import load_config
-from cascadevl.train.config import TrainConfig
 from cascadevl.workflows.mixture_config import MixtureSearchConfig
 
 ROOT = Path(__file__).parents[1]
@@ -86,5 +87,9 @@ def test_every_public_name_is_there():
     "file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name
 )
 def test_every_configuration_file_loads(file: Path):
-    is_search = file.name.startswith("mixture_search")
-    load_config(MixtureSearchConfig if is_search else TrainConfig, files=[file])
+    if file.name.startswith("mixture_search_"):
+        load_config(MixtureSearchConfig, files=[file])
+        return
+    stage = file.name.partition("_")[0]
+    assert stage in STAGES, f"{file.name} does not begin with the stage that runs it"
+    read_config(make_parser().parse_args(["train", stage, str(file)]))
