@@ -1,0 +1,1 @@
+"""Answering many prompts at once: pages of keys and values, scheduling, sampling, streams."""
