@@ -1,4 +1,4 @@
-"""``cascadevl convert``: rewrite a checkpoint in another of the released layouts."""
+"""``cascadevl convert``: rewrite a checkpoint in another layout, or its language half alone."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ def add_parser(subparsers: Subparsers) -> None:
     """Describe the command."""
     parser = subparsers.add_parser(
         "convert",
-        help="rewrite a checkpoint: GitHub <-> -HF layout",
+        help="rewrite a checkpoint: GitHub <-> -HF layout, or its language half alone",
         description="Rewrite a checkpoint in another layout, shard by shard, without building "
         "the model. There and back again gives the same bytes in every tensor.",
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="folder of the checkpoint")
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write")
-    parser.add_argument(
+    form = parser.add_mutually_exclusive_group(required=True)
+    form.add_argument(
         "--to",
         choices=tuple(LAYOUTS),
-        required=True,
         help="hf: what transformers loads; hf-old: its key names before 4.52; github: the layout "
         "of the original repositories",
+    )
+    form.add_argument(
+        "--language-only",
+        action="store_true",
+        help="the language half as a text-only checkpoint, which plain transformers and vLLM open",
     )
     parser.add_argument(
         "--max-shard-bytes",
@@ -43,6 +48,12 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say where the result is."""
+    if args.language_only:
+        from cascadevl.model.language_export import export_language
+
+        export_language(args.source, args.target, max_shard_bytes=args.max_shard_bytes)
+        print(f"wrote the language half to {args.target}")
+        return 0
     from cascadevl.model.conversion import convert
 
     convert(args.source, args.target, layout=LAYOUTS[args.to], max_shard_bytes=args.max_shard_bytes)

@@ -275,6 +275,26 @@ def _llm_config(text: Json, tied: bool) -> Json:
     return {**llm, "architectures": [_ARCHITECTURES[family]], "tie_word_embeddings": tied}
 
 
+def language_config(config: Json, *, tied: bool, dtype: str) -> Json:
+    """The config.json of the language half alone, as plain transformers and vLLM read it.
+
+    Args:
+        config: The whole model's configuration in the -HF form.
+        tied: Whether the output head is the token embedding; only the tensors tell.
+        dtype: Type of the weights, for example ``"bfloat16"``.
+
+    Raises:
+        CheckpointError: If the language model is of an unknown family.
+    """
+    text = _text_config(config.get("text_config") or {})
+    return {
+        **{key: value for key, value in text.items() if key not in ("dtype", "torch_dtype")},
+        "architectures": [_ARCHITECTURES[text["model_type"]]],
+        "tie_word_embeddings": tied,
+        "dtype": dtype,
+    }
+
+
 def default_template(text_config: Json) -> str:
     """Name of the conversation template that the released model of this family was trained with."""
     is_gpt_oss = text_config.get("model_type") == "gpt_oss"
