@@ -203,7 +203,7 @@ def test_plain_transformers_obstacles() -> None:
     ("preset", "vision", "language", "tokens"),
     [
         (nano_config, (0.8e6, 1.2e6), (1.5e6, 2.5e6), 16),
-        (micro_config, (2.5e6, 3.5e6), (5e6, 7e6), 64),
+        (micro_config, (2e6, 3e6), (3e6, 4.5e6), 16),
     ],
 )
 def test_presets_have_the_sizes_of_the_design(preset, vision, language, tokens: int) -> None:

@@ -37,16 +37,18 @@ def nano_config(vocab_size: int, **overrides: Any) -> CascadeVLConfig:
 
 
 def micro_config(vocab_size: int, **overrides: Any) -> CascadeVLConfig:
-    """About 3 M parameters of vision and 6 M of language at 224 px: trained in hours.
+    """About 2 M parameters of vision and 4 M of language at 112 px: trained in hours.
+
+    Larger pictures are cut into tiles, as at every other size of the family.
 
     Args:
         vocab_size: Tokens of the tokenizer.
         overrides: As for `nano_config`.
     """
-    vision = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6}
-    vision |= {"intermediate_size": 768, "image_size": 224}
-    text = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
-    text |= {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 896}
+    vision = {"hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 6}
+    vision |= {"intermediate_size": 768, "image_size": 112}
+    text = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 8}
+    text |= {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 640}
     return _config(vocab_size, vision, text, overrides)
 
 
