@@ -91,6 +91,52 @@ def test_files_compose_left_to_right_and_overrides_come_last(tmp_path: Path):
     )
 
 
+def test_a_file_changes_single_keys_of_its_base(tmp_path: Path):
+    (tmp_path / "bases").mkdir()
+    write(tmp_path / "root.yaml", "seed: 1\nname: root\noptim: {lr: 1, clip: 3.0}\nwords: [a, b]")
+    write(tmp_path / "bases" / "middle.yaml", "base: ../root.yaml\nname: middle\noptim: {lr: 2}")
+    leaf = write(tmp_path / "leaf.yaml", "optim: {schedule: constant}\nbase: bases/middle.yaml")
+    over = write(tmp_path / "over.yaml", "optim: {lr: 4}")
+    run = Run(seed=1, name="middle", optim=Optim(lr=2.0, schedule="constant", clip=3.0),
+              words=("a", "b"))  # fmt: skip
+    assert load_config(Run, files=[leaf]) == run
+    changed = load_config(Run, files=[leaf, over], overrides=["seed=5"])
+    assert changed == dataclasses.replace(
+        run, seed=5, optim=Optim(lr=4.0, schedule="constant", clip=3.0)
+    )
+
+
+def test_a_base_is_the_same_file_once_for_two_files_on_the_command_line(tmp_path: Path):
+    write(tmp_path / "base.yaml", "seed: 1\noptim: {lr: 1}")
+    files = [
+        write(tmp_path / "a.yaml", "base: base.yaml\noptim: {lr: 2}"),
+        write(tmp_path / "b.yaml", "base: ./base.yaml\nname: b"),
+    ]
+    # As always the later file wins, and what it says includes what its base says.
+    assert load_config(Run, files=files) == Run(seed=1, name="b", optim=Optim(lr=1.0, clip=None))
+
+
+def test_an_error_in_a_base_names_the_base(tmp_path: Path):
+    base = write(tmp_path / "base.yaml", "optim: {lr: fast}")
+    leaf = write(tmp_path / "leaf.yaml", "base: base.yaml\noptim: {clip: 1.0}")
+    with pytest.raises(ConfigError, match=r"key 'optim\.lr' is 'fast'") as caught:
+        load_config(Run, files=[leaf])
+    assert str(caught.value).startswith(f"{base}: ")
+
+
+def test_a_base_that_cannot_be_one_is_refused(tmp_path: Path):
+    write(tmp_path / "one.yaml", "base: two.yaml")
+    write(tmp_path / "two.yaml", "base: ./one.yaml")
+    with pytest.raises(ConfigError, match=r"one\.yaml -> .*two\.yaml -> .*its own base"):
+        load_config(Run, files=[tmp_path / "one.yaml"])
+    leaf = write(tmp_path / "leaf.yaml", "base: absent.yaml")
+    with pytest.raises(ConfigError, match=r"leaf\.yaml: base: .*absent\.yaml: No such file"):
+        load_config(Run, files=[leaf])
+    leaf = write(tmp_path / "leaf.yaml", "base: [one.yaml]")
+    with pytest.raises(ConfigError, match=r"leaf\.yaml: base is \['one.yaml'\] \(list\)"):
+        load_config(Run, files=[leaf])
+
+
 def test_a_section_changed_in_part_keeps_the_defaults_its_parent_gave_it():
     assert load_config(Run, overrides=["optim.schedule=constant"]).optim == Optim(
         lr=1e-3, clip=None, schedule="constant"

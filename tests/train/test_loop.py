@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cascadevl.errors import ConfigError, TrainingError
 from cascadevl.train.log import RunLog
-from cascadevl.train.loop import RunConfig, TrainState, stop_requests, train, update
+from cascadevl.train.loop import RunConfig, TrainState, settled, stop_requests, train, update
 from cascadevl.train.objective import Objective, Terms
 from cascadevl.train.optim import OptimConfig, Optimiser
 
@@ -221,8 +221,49 @@ def test_a_thread_that_may_not_handle_signals_trains_all_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"num_steps": 0}, {"accumulation": 0}, {"eval_interval": -1}, {"keep_last": -1}]
+    "settings",
+    [
+        {"num_steps": 0},
+        {"accumulation": 0},
+        {"global_batch": 0},
+        {"eval_interval": -1},
+        {"keep_last": -1},
+    ],
 )
 def test_impossible_counts_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         RunConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_processes", "accumulation"), [(1, 1, 512), (1, 64, 8), (4, 8, 16), (8, 64, 1)]
+)
+def test_a_global_batch_is_shared_by_the_processes(
+    rows: int, num_processes: int, accumulation: int
+) -> None:
+    run = settled(RunConfig(global_batch=512), rows=rows, num_processes=num_processes)
+    assert run == RunConfig(accumulation=accumulation)
+
+
+def test_without_a_global_batch_the_accumulation_is_left_alone() -> None:
+    for config in (RunConfig(), RunConfig(accumulation=3)):
+        assert settled(config, rows=5, num_processes=7) == config
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_processes", "remedy"),
+    [(1, 12, "use 504 or 516"), (3, 8, "use 504 or 528"), (1, 513, "use 513,")],
+)
+def test_a_global_batch_that_cannot_be_shared_is_refused(
+    rows: int, num_processes: int, remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=remedy) as error:
+        settled(RunConfig(global_batch=512), rows=rows, num_processes=num_processes)
+    for number in ("run.global_batch is 512", f"{num_processes} process", f"batch.rows {rows}"):
+        assert number in str(error.value)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_size_of_a_step_is_given_once(accumulation: int) -> None:
+    with pytest.raises(ConfigError, match=f"accumulation is {accumulation} and .*global_batch 512"):
+        RunConfig(accumulation=accumulation, global_batch=512)

@@ -90,6 +90,40 @@ def test_rows_of_a_fixed_length_change_nothing_but_the_padding(tmp_path: Path) -
         small_config(tmp_path, batch__packing="count", batch__fixed_rows=True)
 
 
+def test_a_global_batch_is_the_accumulation_it_comes_to(tmp_path: Path) -> None:
+    sizes = {"run__accumulation": 3}, {"run__global_batch": 6}
+    results = [
+        pretrain(
+            small_config(tmp_path / str(number), batch__rows=2, run__num_steps=2, **size),
+            sources=sources(),
+            tokenizer=tokenizer(),
+            console=QUIET,
+        )
+        for number, size in enumerate(sizes)
+    ]
+    assert results[0].counters == results[1].counters
+    assert results[0].loss == results[1].loss
+    path = latest(tmp_path / "1" / "checkpoints")
+    assert path is not None
+    run = load(path).config["run"]  # as it was given, so that other processes can go on with it
+    assert (run["accumulation"], run["global_batch"]) == (None, 6)
+
+
+@pytest.mark.parametrize("recipe", [pretrain, sft])
+def test_a_global_batch_is_checked_before_the_model_is_opened(
+    recipe: Callable[..., object], tmp_path: Path
+) -> None:
+    config = small_config(
+        tmp_path,
+        model__preset=None,
+        model__path=str(tmp_path / "not there"),
+        batch__rows=2,
+        run__global_batch=3,
+    )
+    with pytest.raises(ConfigError, match=r"global_batch is 3 rows.*use 2 or 4"):
+        recipe(config, sources=sources(), console=QUIET)
+
+
 def test_sft_goes_on_from_it_with_own_files_and_counts_what_it_skips(
     pretrained: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,9 @@ from cascadevl.errors import CascadeVLError, ConfigError
 
 ConfigT = TypeVar("ConfigT")
 
+BASE = "base"
+"""Key at the top of a file that names the file it changes; its path is relative to it."""
+
 COMMAND_LINE = "command line"
 SIMILAR_ENOUGH = 60.0
 """Of 100: below, naming a similar key misleads more often than it helps."""
@@ -49,17 +52,18 @@ def load_config(
         cls: A frozen dataclass. Its fields hold plain values, dataclasses, optional dataclasses,
             or lists, tuples and string-keyed dictionaries of them.
         files: YAML files. A later one changes single keys of an earlier one; a list is replaced.
+            A file that names another under ``base`` changes that one in the same way.
         overrides: ``key.sub=value`` each, or pairs ``--key.sub value`` as a shell passes them. A
             lone ``--key`` means true. Values are read as YAML unless the field holds text.
         defaults: What nobody mentions is taken from here instead of from the class.
 
     Raises:
-        ConfigError: If a file cannot be read, a key is unknown (naming the nearest known one) or
-            missing or of another type, or a dataclass refuses its values.
+        ConfigError: If a file cannot be read or is its own base, a key is unknown (naming the
+            nearest known one) or missing or of another type, or a dataclass refuses its values.
     """
     tree: _Tree = {}
     for file in files:
-        _merge(tree, _planted(_read(Path(file)), str(file)))
+        _merge(tree, _composed(Path(file)))
     for key, value in _split(overrides):
         _merge(tree, _branch(key, value))
     return _build(cls, tree, "", defaults, origin=str(files[-1]) if files else COMMAND_LINE)
@@ -73,6 +77,25 @@ def dump_config(config: object) -> str:
 def config_keys(cls: type) -> list[str]:
     """All dotted keys of a configuration class, in order: what overrides can name."""
     return list(fields.dotted_keys(cls))
+
+
+def _composed(file: Path, above: tuple[Path, ...] = ()) -> _Tree:
+    """What a file says, over what its base says; ``above`` are the files that led to it."""
+    chain = (*above, file)
+    if file.resolve() in [other.resolve() for other in above]:
+        raise ConfigError(f"{' -> '.join(map(str, chain))}: a configuration is its own base")
+    try:
+        content = _read(file)
+    except ConfigError as error:
+        raise error if not above else ConfigError(f"{above[-1]}: base: {error}") from error
+    base = content.pop(BASE, None)
+    if base is None:
+        return _planted(content, str(file))
+    if not isinstance(base, str):
+        raise ConfigError(f"{file}: base is {_shown(base)}, but must be the name of one file")
+    tree = _composed(file.parent / base, chain)
+    _merge(tree, _planted(content, str(file)))
+    return tree
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -60,7 +60,10 @@ class RunConfig:
 
     Attributes:
         num_steps: Optimiser steps.
-        accumulation: Micro-batches of a step on each process.
+        accumulation: Micro-batches of a step on each process; None for 1, or for as many as
+            ``global_batch`` asks for.
+        global_batch: Rows of a step on all processes together, as the reports count their
+            batches; ``accumulation`` follows from it (`settled`).
         seed: Seed of everything that is drawn.
         out: The run folder.
         resume: Go on from the latest checkpoint in the run folder, if there is one.
@@ -72,7 +75,8 @@ class RunConfig:
     """
 
     num_steps: int = 8000  # InternVL3.5 SFT scripts; 15000 in the GPT-OSS pre-training
-    accumulation: int = 1
+    accumulation: int | None = None
+    global_batch: int | None = None
     seed: int = 42  # released SFT and MPO scripts
     out: Path = Path("runs/latest")
     resume: bool = False
@@ -84,12 +88,45 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuse counts that are none."""
-        for name in ("num_steps", "accumulation", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_steps", "accumulation", "global_batch", "log_interval"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"run.{name} is {value}; it must be at least 1")
+        if self.accumulation is not None and self.global_batch is not None:
+            raise ConfigError(
+                f"run.accumulation is {self.accumulation} and run.global_batch "
+                f"{self.global_batch}; each decides the size of a step, so set one of them to null"
+            )
         for name in ("eval_interval", "checkpoint_interval", "keep_last"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"run.{name} is {getattr(self, name)}; use 0 to switch it off")
+
+
+def settled(config: RunConfig, *, rows: int, num_processes: int) -> RunConfig:
+    """The configuration with the accumulation it comes to on some processes.
+
+    What is written into checkpoints stays as it was given: a run that goes on with other processes
+    keeps its global batch, and so its steps.
+
+    Args:
+        config: As it was given.
+        rows: Rows of a micro-batch.
+        num_processes: Processes that share a step.
+
+    Raises:
+        ConfigError: If the global batch is not a whole number of micro-batches for each process.
+    """
+    if config.global_batch is None:
+        return config
+    at_once = rows * num_processes
+    accumulation, rest = divmod(config.global_batch, at_once)
+    if rest:
+        near = [n for n in (config.global_batch - rest, config.global_batch - rest + at_once) if n]
+        raise ConfigError(
+            f"run.global_batch is {config.global_batch} rows, which are no whole number of "
+            f"micro-batches for each of {num_processes} process(es) with batch.rows {rows}; use "
+            f"{' or '.join(map(str, near))}, or another number of processes or rows"
+        )
+    return replace(config, accumulation=accumulation, global_batch=None)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -210,7 +247,7 @@ def train(
 
     Args:
         state: The state; changed in place.
-        config: Length and intervals.
+        config: Length and intervals, `settled`.
         objective: What to minimise.
         log: Where values go.
         save: Writes a checkpoint.
@@ -223,11 +260,12 @@ def train(
     Raises:
         TrainingError: If a step is broken (see `update`) or the data end.
     """
+    assert config.global_batch is None, "the recipe has settled it"
     meter = _Meter(dict(state.counters))
     with stop_requests() as stop:
         while state.step < config.num_steps:
             state.model.train()
-            update(state, _collect(state, config.accumulation), objective)
+            update(state, _collect(state, config.accumulation or 1), objective)
             factor = lr_factor(state.step, config.num_steps, state.optimiser.config)
             state.optimiser.step(factor)
             state.optimiser.zero_grad()

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from cascadevl.data.mixture import WeightedSource
 from cascadevl.errors import ConfigError
 from cascadevl.train.config import TrainConfig
-from cascadevl.train.loop import TrainState, train
+from cascadevl.train.loop import TrainState, settled, train
 from cascadevl.train.objective import NEXT_TOKEN
 from cascadevl.train.optim import Optimiser
 from cascadevl.train.run import (
@@ -56,6 +56,7 @@ def pretrain(
         TrainingError: If the run breaks, or cannot be taken up again.
     """
     accelerator = begin(config.run.seed)
+    run = settled(config.run, rows=config.batch.rows, num_processes=accelerator.num_processes)
 
     # The model: random weights of a preset, or pre-trained halves joined before.
     if config.model.preset is not None:
@@ -80,7 +81,5 @@ def pretrain(
 
         # The objective: weighted next-token loss on text, one normaliser for the whole step.
         with open_log("pretrain", config, state, console) as log:
-            finished = train(
-                state, config.run, NEXT_TOKEN, log=log, save=saver(config), on_step=on_step
-            )
+            finished = train(state, run, NEXT_TOKEN, log=log, save=saver(config), on_step=on_step)
         return export(state, model, processor, config, finished=finished)

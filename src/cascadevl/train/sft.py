@@ -14,7 +14,7 @@ from rich.console import Console
 from cascadevl.data.mixture import WeightedSource
 from cascadevl.errors import ConfigError
 from cascadevl.train.config import TrainConfig
-from cascadevl.train.loop import TrainState, train
+from cascadevl.train.loop import TrainState, settled, train
 from cascadevl.train.objective import NEXT_TOKEN
 from cascadevl.train.optim import Optimiser
 from cascadevl.train.run import (
@@ -51,6 +51,7 @@ def sft(
         TrainingError: If the run breaks, or cannot be taken up again.
     """
     accelerator = begin(config.run.seed)
+    run = settled(config.run, rows=config.batch.rows, num_processes=accelerator.num_processes)
 
     # The model: pre-trained, with the parts frozen that the run names.
     if config.model.path is None:
@@ -75,7 +76,5 @@ def sft(
 
         # The objective: weighted next-token loss on answers, one normaliser for the whole step.
         with open_log("sft", config, state, console) as log:
-            finished = train(
-                state, config.run, NEXT_TOKEN, log=log, save=saver(config), on_step=on_step
-            )
+            finished = train(state, run, NEXT_TOKEN, log=log, save=saver(config), on_step=on_step)
         return export(state, model, processor, config, finished=finished)

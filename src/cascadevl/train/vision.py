@@ -26,7 +26,7 @@ from cascadevl.data.tiling import normalise
 from cascadevl.errors import ConfigError
 from cascadevl.model.loading import save as save_model
 from cascadevl.train.config import TrainConfig
-from cascadevl.train.loop import TrainState, train
+from cascadevl.train.loop import TrainState, settled, train
 from cascadevl.train.objective import Objective, Terms
 from cascadevl.train.optim import Optimiser, set_precision
 from cascadevl.train.run import MODEL, TrainResult, begin, from_scratch, open_log, saver, take_up
@@ -197,6 +197,7 @@ def pretrain_vision(
         TrainingError: If the run breaks, or cannot be taken up again.
     """
     accelerator = begin(config.run.seed)
+    run = settled(config.run, rows=1, num_processes=accelerator.num_processes)
     if config.model.preset is None:
         raise ConfigError("a vision tower is trained from random weights: give model.preset")
     model, processor = from_scratch(config.model, tokenizer, seed=config.run.seed)
@@ -215,7 +216,7 @@ def pretrain_vision(
     )
     take_up(state, config)
     with open_log("vision", config, state, console) as log:
-        finished = train(state, config.run, PATCHES, log=log, save=saver(config), on_step=on_step)
+        finished = train(state, run, PATCHES, log=log, save=saver(config), on_step=on_step)
     path = config.run.out / MODEL if finished else None
     if path is not None and accelerator.is_main_process:
         if path.exists():  # of the same run, taken up again after its end

@@ -30,6 +30,7 @@ from cascadevl.eval.runner import run_suite
 from cascadevl.model.loading import load
 from cascadevl.train.checkpoint import check_same_run
 from cascadevl.train.config import FREE_KEYS, TrainConfig, plain
+from cascadevl.train.loop import settled
 from cascadevl.train.mixing import in_ratio, with_weights
 from cascadevl.train.pretrain import pretrain
 from cascadevl.train.run import CHECKPOINTS, MODEL
@@ -226,7 +227,8 @@ def _tokens_per_step(shared: Search, candidate: Candidate) -> float:
     filled: Fill = rows.fill
     tokens = filled.tokens / filled.rows if filled.rows else float(batch.row_tokens)
     num_processes: int = Accelerator().num_processes
-    return tokens * batch.rows * shared.train.run.accumulation * num_processes
+    run = settled(shared.train.run, rows=batch.rows, num_processes=num_processes)
+    return tokens * batch.rows * (run.accumulation or 1) * num_processes
 
 
 def _examine(
