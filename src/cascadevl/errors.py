@@ -23,6 +23,23 @@ class RequestError(CascadeVLError, ValueError):
     """A question that cannot be answered as asked: too long, no image where one is named."""
 
 
+class LogitsError(RequestError):
+    """Logits from which no token can be chosen: not finite, or everything masked.
+
+    Attributes:
+        places: The rows of logits that cannot be used; all others can.
+    """
+
+    def __init__(self, message: str, *, places: tuple[int, ...]) -> None:
+        """Keep the rows beside the message."""
+        self.places = places
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Make the error cross process borders unchanged."""
+        return (_rebuild_logits_error, (str(self), self.places))
+
+
 class TrainingError(CascadeVLError, RuntimeError):
     """A run that must stop: a loss that is not finite, a resume that does not match the run."""
 
@@ -76,3 +93,7 @@ def _rebuild(
     problem: str, kind: str, source: str | None, field: str | None, remedy: str | None
 ) -> DataError:
     return DataError(problem, kind=kind, source=source, field=field, remedy=remedy)
+
+
+def _rebuild_logits_error(message: str, places: tuple[int, ...]) -> LogitsError:
+    return LogitsError(message, places=places)

@@ -1,10 +1,22 @@
-"""What a request may ask of sampling, checked where it enters."""
+"""What requests ask of sampling: checked where it enters, and kept as columns of numbers.
+
+A step samples for many requests of different wishes at once. So wishes are not objects then, but
+rows of a table, which `cascadevl.engine.sampler.sample` takes as arrays.
+"""
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from cascadevl.engine.draws import stream_of
 from cascadevl.errors import RequestError
 
 _SEEDS = 2**64
@@ -99,3 +111,113 @@ class SamplingParams:
                 f"json_schema is given with min_tokens {self.min_tokens} and ignore_eos "
                 f"{self.ignore_eos}, but an answer ends where its JSON does; leave both out"
             )
+
+
+_COLUMNS = np.dtype(
+    [
+        ("temperature", np.float64),
+        ("top_p", np.float64),
+        ("top_k", np.int64),
+        ("min_p", np.float64),
+        ("penalty", np.float64),
+        ("min_tokens", np.int64),
+        ("logprobs", np.int64),  # -1 for none
+        ("stream", np.uint64),
+    ]
+)
+_FIRST_ROWS = 16
+
+
+class SamplingTable:
+    """What the running samples wish, one row each; rows are added and removed at little cost.
+
+    Attributes:
+        vocab_size: Width of the logits.
+        device: Where the logits are.
+        columns: The numbers of every row, by name; free rows hold anything.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        """Begin empty."""
+        self.vocab_size, self.device = vocab_size, torch.device(device)
+        self.columns = np.zeros(_FIRST_ROWS, dtype=_COLUMNS)
+        self._free = list(range(_FIRST_ROWS))
+        self._names: dict[int, str] = {}
+        self._ends: dict[int, Int64[np.ndarray, " ends"]] = {}
+        self._seen: dict[int, Bool[Tensor, " vocab"]] = {}  # of rows with a penalty
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return len(self._names)
+
+    def add(
+        self,
+        name: str,
+        params: SamplingParams,
+        *,
+        number: int = 0,
+        token_ids: Int64[np.ndarray, " tokens"] | Sequence[int] = (),
+        end_ids: Sequence[int] = (),
+    ) -> int:
+        """Give a sample a row.
+
+        Args:
+            name: Names the sample in errors.
+            params: The wishes of its request.
+            number: Number of the sample among those of its request; names its random stream.
+            token_ids: Prompt and, of a sample that is taken up again, what it has said.
+            end_ids: Tokens that may not come before ``min_tokens``.
+
+        Returns:
+            The row; it stays the sample's until `remove`.
+
+        Raises:
+            RequestError: If a token is not in the vocabulary.
+        """
+        ids, ends = (np.asarray(each, dtype=np.int64) for each in (token_ids, end_ids))
+        named = np.concatenate([ids, ends])
+        wrong = named[(named < 0) | (named >= self.vocab_size)]
+        if len(wrong):
+            raise RequestError(
+                f"{name} names the token {wrong[0]}, but tokens go from 0 to "
+                f"{self.vocab_size - 1}; was it tokenised for another model?"
+            )
+        if not self._free:
+            self._free = list(range(len(self.columns), 2 * len(self.columns)))
+            self.columns = np.resize(self.columns, 2 * len(self.columns))
+        row = heapq.heappop(self._free)
+        self.columns[row] = (
+            *(params.temperature, params.top_p, params.top_k, params.min_p),
+            *(params.repetition_penalty, params.min_tokens),
+            -1 if params.logprobs is None else params.logprobs,
+            stream_of(params.seed, number),
+        )
+        self._names[row], self._ends[row] = name, ends
+        if params.repetition_penalty != 1:
+            seen = torch.zeros(self.vocab_size, dtype=torch.bool)
+            seen[torch.from_numpy(ids)] = True
+            self._seen[row] = seen.to(self.device)
+        return row
+
+    def remove(self, row: int) -> None:
+        """Free the row of a sample that has ended or is interrupted."""
+        del self._names[row], self._ends[row]
+        self._seen.pop(row, None)
+        heapq.heappush(self._free, row)
+
+    def name(self, row: int) -> str:
+        """The sample's name."""
+        return self._names[row]
+
+    def ends(self, row: int) -> Int64[np.ndarray, " ends"]:
+        """Tokens that may not come before the sample's ``min_tokens``."""
+        return self._ends[row]
+
+    def seen(self, rows: Sequence[int]) -> Bool[Tensor, "rows vocab"]:
+        """Tokens of prompt and answer, of rows with a repetition penalty."""
+        return torch.stack([self._seen[row] for row in rows])
+
+    def note(self, rows: Int64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]) -> None:
+        """Remember what was said, where a repetition penalty asks for it."""
+        for place in np.flatnonzero(self.columns["penalty"][rows] != 1):
+            self._seen[int(rows[place])][int(tokens[place])] = True
