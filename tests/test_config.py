@@ -232,6 +232,22 @@ def test_an_optional_section_can_be_set_and_unset(tmp_path: Path):
     assert load_config(Run, files=[off, on]).lora == Optim(lr=0.5)
 
 
+def test_a_lone_true_switches_an_optional_section_on_and_changes_nothing_in_it(tmp_path: Path):
+    on = write(tmp_path / "on.yaml", "lora: {lr: 0.5}")
+    off = write(tmp_path / "off.yaml", "lora: null")
+    assert load_config(Run, overrides=["--lora"]).lora == Optim()
+    assert load_config(Run, overrides=["lora=true"]).lora == Optim()
+    assert load_config(Run, files=[on], overrides=["--lora"]).lora == Optim(lr=0.5)
+    assert load_config(Run, files=[on, off], overrides=["--lora"]).lora == Optim()
+    assert load_config(Run, overrides=["--lora", "--lora.lr=1"]).lora == Optim(lr=1.0)
+    assert load_config(Run, overrides=["--lora.lr=1", "--lora"]).lora == Optim(lr=1.0)
+    given = load_config(Run, overrides=["--lora"], defaults=Run(lora=Optim(lr=2.0)))
+    assert given.lora == Optim(lr=2.0)
+    for word in ("lora=1", "lora=yes", "optim=true"):
+        with pytest.raises(ConfigError, match="a section with the keys"):
+            load_config(Run, overrides=[word])
+
+
 def test_a_list_is_replaced_not_merged(tmp_path: Path):
     first = write(tmp_path / "1.yaml", "words: [a, b, c]")
     second = write(tmp_path / "2.yaml", "words: [d]")

@@ -13,6 +13,7 @@ from cascadevl.config import load_config
 from cascadevl.data.example import Span
 from cascadevl.data.tokenizer import build_tokenizer
 from cascadevl.train.config import TrainConfig
+from cascadevl.train.lora import LoraConfig
 from cascadevl.workflows.dry_run import SeenImage, SeenSample
 
 QUESTION, ANSWER = "what colour is this picture?", "it is grey"
@@ -60,6 +61,19 @@ def test_own_options_and_overrides_are_told_apart():
     )
     assert own == ["a.yaml", "--model", "m", "--out=o", "b.yaml"]
     assert overrides == ["--optim.lr", "5e-6", "--run.compile", "--x=1"]
+
+
+def test_lora_is_a_flag_with_settings_of_its_own(tmp_path: Path):
+    def lora(*words: str) -> LoraConfig | None:
+        return read_config(make_parser().parse_args(["train", "sft", *words])).lora
+
+    assert lora() is None
+    assert lora("--lora", "--model", "m") == LoraConfig()
+    assert lora("--lora", "--lora.rank", "8") == LoraConfig(rank=8)
+    assert lora("--lora.parts=[vision, language]") == LoraConfig(parts=("vision", "language"))
+    (tmp_path / "a.yaml").write_text("lora: {rank: 4}")
+    assert lora("--lora", str(tmp_path / "a.yaml")) == LoraConfig(rank=4)
+    assert lora(str(tmp_path / "a.yaml"), "--lora=null") is None
 
 
 def test_files_then_short_options_then_overrides(tmp_path: Path):

@@ -26,6 +26,7 @@ STAGES = {
     "sft": "supervised fine-tuning: only answers are learned",
 }
 _OWN_OPTIONS = ("--help", "--model", "--data", "--out", "--resume", "--print_config", "--dry-run")
+_LORA = "--lora"  # this word alone; --lora=null and --lora.rank are overrides
 _EPILOG = (
     "Any key of the configuration can be given as --key.sub value, for example --optim.lr 5e-6, "
     "and overrides the files; --print_config shows all keys."
@@ -57,7 +58,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     while rest:
         word = rest.pop(0)
         name, equals, _ = word.partition("=")
-        if not name.startswith("--") or name in _OWN_OPTIONS:
+        if not name.startswith("--") or name in _OWN_OPTIONS or word == _LORA:
             own.append(word)
             continue
         overrides.append(word)
@@ -108,6 +109,11 @@ def _add_options(parser: argparse.ArgumentParser, stage: str) -> None:
         "--resume", action="store_true", help="go on from the run folder's last checkpoint"
     )
     parser.add_argument(
+        _LORA,
+        action="store_true",
+        help="train small adapters instead of the weights; --lora.rank 8 and so on change it",
+    )
+    parser.add_argument(
         "--print_config", action="store_true", help="print the whole configuration and stop"
     )
     parser.add_argument(
@@ -148,6 +154,8 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
         short.append(f"run.out={args.out}")
     if args.resume:
         short.append("run.resume=true")
+    if args.lora:
+        short.append("lora=true")
     return load_config(kind, files=args.configs, overrides=[*short, *args.overrides])
 
 
@@ -165,6 +173,8 @@ def _train(stage: str, config: TrainConfig) -> int:
     if not result.finished:
         return STOPPED  # the log says how to go on
     print(f"{result.steps} steps, loss {result.loss:.4f}; the model is in {result.model_path}")
+    if result.adapter_path not in (None, result.model_path):
+        print(f"the adapter alone is in {result.adapter_path}")
     return 0
 
 

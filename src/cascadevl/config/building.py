@@ -54,7 +54,8 @@ def load_config(
         files: YAML files. A later one changes single keys of an earlier one; a list is replaced.
             A file that names another under ``base`` changes that one in the same way.
         overrides: ``key.sub=value`` each, or pairs ``--key.sub value`` as a shell passes them. A
-            lone ``--key`` means true. Values are read as YAML unless the field holds text.
+            lone ``--key`` means true, which switches an optional section on and changes nothing
+            in it. Values are read as YAML unless the field holds text.
         defaults: What nobody mentions is taken from here instead of from the class.
 
     Raises:
@@ -130,6 +131,11 @@ def _split(overrides: Sequence[str]) -> Iterator[tuple[str, _Given]]:
             yield key, _Given(True, COMMAND_LINE)
 
 
+def _switches_on(given: _Given | _Tree) -> bool:
+    """Whether this is a lone ``true``, which a section can be switched on with."""
+    return isinstance(given, _Given) and (given.value is True or given.value == "true")
+
+
 def _planted(mapping: Mapping[Any, Any], origin: str) -> _Tree:
     return {
         str(key): _planted(value, origin) if isinstance(value, dict) else _Given(value, origin)
@@ -147,6 +153,8 @@ def _merge(base: _Tree, change: _Tree) -> None:
         below = base.get(key)
         if isinstance(value, dict) and isinstance(below, dict):
             _merge(below, value)
+        elif isinstance(below, dict) and _switches_on(value):
+            continue
         else:
             base[key] = value
 
@@ -197,6 +205,9 @@ def _convert(hint: Any, given: _Given | _Tree, path: str, default: Any, origin: 
         given = _parsed(hint, given, path)
     section, items = fields.section_of(hint), fields.section_list_of(hint)
     values_hint = fields.values_of(hint)
+    if _switches_on(given) and section is not None and fields.allows(hint, type(None)):
+        base = default if isinstance(default, section) else None
+        return _build(section, {}, path, base, origin=origin)
     if isinstance(given, dict) and section is not None:
         base = default if isinstance(default, section) else None
         return _build(section, given, path, base, origin=_origin(given, origin))

@@ -20,6 +20,7 @@ from transformers import InternVLForConditionalGeneration
 
 from cascadevl.data.conversation import IMAGE_CONTEXT
 from cascadevl.errors import CheckpointError
+from cascadevl.model.adapter_files import is_adapter_folder
 from cascadevl.model.checkpoint_names import (
     Layout,
     Recipe,
@@ -95,6 +96,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: If it is of no known format, a file is missing or broken, or a tensor is
             missing, unexpected or of another shape than its configuration says.
     """
+    if is_adapter_folder(path):
+        raise CheckpointError(
+            f"{path} is an adapter, not a model; merge it into its base first: "
+            f"cascadevl merge {path} --out DIR"
+        )
     config = read_json(path / "config.json")
     files = TensorFiles.open(path)
     layout = detect_layout(files.places)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.errors import CheckpointError
+from cascadevl.model.adapter_files import base_of, is_adapter_folder, put_adapter
+from cascadevl.model.adapters import base_tensors, merged_reader
 from cascadevl.model.checkpoint import (
     HEAD,
     OBSTACLE_KEY,
@@ -38,10 +40,11 @@ from cascadevl.model.zoo import ZOO
 def load(
     name_or_path: str | Path,
     *,
+    base: str | Path | None = None,
     dtype: torch.dtype | Literal["auto"] = "auto",
     device: torch.device | str = "cpu",
 ) -> tuple[CascadeVLForConditionalGeneration, CascadeVLProcessor]:
-    """Open a checkpoint of any released format, or one of ours.
+    """Open a checkpoint of any released format, or one of ours, or an adapter and its base.
 
     A stored output head is honoured even where the configuration calls it tied; it is tied to
     the token embedding only if there is none.
@@ -49,6 +52,7 @@ def load(
     Args:
         name_or_path: A folder; or the name of a repository that was downloaded before, for
             example ``"OpenGVLab/InternVL3_5-1B"``; or a name of `cascadevl.model.zoo.ZOO`.
+        base: Of an adapter: its base model, if that is no longer where it was in training.
         dtype: Type of the weights; ``"auto"`` keeps what the files hold.
         device: Where the weights go.
 
@@ -57,9 +61,16 @@ def load(
 
     Raises:
         CheckpointError: If it is not there, of no known format, broken, or its tensors do not
-            fit its configuration.
+            fit its configuration; if an adapter's base is not there, or is another model.
     """
-    checkpoint = open_checkpoint(find(name_or_path))
+    path = find(name_or_path)
+    if is_adapter_folder(path):
+        model, processor = load(_base_folder(path, base), dtype=dtype, device=device)
+        put_adapter(model, path)
+        return model, processor
+    if base is not None:
+        raise CheckpointError(f"{path} is a model of its own, not an adapter; leave base out")
+    checkpoint = open_checkpoint(path)
     config = configuration(checkpoint)
     processor = load_processor(checkpoint.path)
     adopt_settings(config, processor)
@@ -102,6 +113,8 @@ def save(
 ) -> None:
     """Write a checkpoint: the -HF layout plus our own keys in config.json.
 
+    Adapters are merged into the weights that are written; the model keeps them as they are.
+
     It opens in plain transformers. Where that would compute something else (pixel shuffle v1, an
     increment other than 1), config.json says so under ``cascadevl_requires``, and names our class
     as its architecture, which other programs refuse instead of giving wrong answers.
@@ -116,16 +129,17 @@ def save(
     Raises:
         CheckpointError: If the folder exists and is not empty.
     """
-    state: dict[str, Tensor] = dict(model.state_dict())
+    state = base_tensors(model)
     if model.config.tie_word_embeddings:
         state.pop(HEAD, None)
     recipes = split_experts({name: tuple(tensor.shape) for name, tensor in state.items()})
     outlines = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    read = merged_reader(model)
     with new_folder(Path(path)) as folder:
         write_checkpoint(
             folder,
             names=recipes,
-            read=through(lambda name: state[name].detach().cpu(), recipes),
+            read=through(lambda name: read(name).cpu(), recipes),
             outline=through(outlines.__getitem__, recipes),
             config=_config_json(model),
             processor=processor,
@@ -133,6 +147,16 @@ def save(
             layout=layout,
             max_shard_bytes=max_shard_bytes,
         )
+
+
+def _base_folder(adapter: Path, base: str | Path | None) -> Path:
+    try:
+        return find(base_of(adapter) if base is None else base)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{adapter} is an adapter, and its base model is not there: {error}. Say where it is: "
+            "cascadevl.load(adapter, base=...), or cascadevl merge ADAPTER --base DIR --out DIR"
+        ) from error
 
 
 def _filled(

@@ -85,9 +85,19 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
 
     @contextmanager
     def no_drop_path(self) -> Iterator[None]:
-        """Switch drop path off inside, as log-probabilities need it (design decision 5)."""
-        with self.model.drop_path.pause():
-            yield
+        """Switch drop path and the dropout of adapters off inside.
+
+        Log-probabilities need it (design decision 5).
+        """
+        dropouts = [m for m in self.modules() if isinstance(m, nn.Dropout) and m.training]
+        try:
+            for dropout in dropouts:
+                dropout.train(False)
+            with self.model.drop_path.pause():
+                yield
+        finally:
+            for dropout in dropouts:
+                dropout.train(True)
 
     def forward(
         self,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cascadevl.errors import TrainingError
+from cascadevl.model.adapters import has_adapters, is_adapter
 
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 
@@ -36,7 +37,8 @@ class Snapshot:
         step: Updates done.
         config: The resolved configuration, as plain JSON values.
         world_size: Number of processes of the run.
-        weights: Parameters and persistent buffers of the model by name, each tensor once.
+        weights: Parameters and persistent buffers of the model by name, each tensor once; of a
+            model with adapters the adapters alone.
         optimiser: The optimiser's tensors.
         stream: Where this process stands in the data; plain JSON values.
         counters: Totals of the run, such as tokens seen.
@@ -54,7 +56,12 @@ class Snapshot:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, a tied one under its first name only."""
+    """Parameters and persistent buffers by name, a tied one under its first name only.
+
+    Of a model with adapters these alone: its base does not change, and is where the run began.
+    """
+    if has_adapters(model):
+        return {n: p.detach() for n, p in model.named_parameters() if is_adapter(n)}
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors.update({n: t for n, t in model.state_dict().items() if n not in every})

@@ -18,6 +18,7 @@ from cascadevl.data.ratios import parse_ratio
 from cascadevl.errors import ConfigError
 from cascadevl.losses.next_token import Averaging
 from cascadevl.train.loop import RunConfig
+from cascadevl.train.lora import LoraConfig
 from cascadevl.train.optim import Module, OptimConfig
 
 FREE_KEYS = (
@@ -29,6 +30,7 @@ FREE_KEYS = (
     "run.keep_last",
     "run.compile",
     "data.prefetch",
+    "lora.merge",
 )
 """Keys in which a resumed run may differ: they do not change what is learned from what."""
 
@@ -158,6 +160,7 @@ class TrainConfig:
         batch: How samples share rows and batches.
         optim: How weights are updated.
         run: How long, and what is left where.
+        lora: Train adapters instead of weights; None trains the weights.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -165,6 +168,7 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    lora: LoraConfig | None = None
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:

@@ -186,7 +186,8 @@ def update(
     metrics: dict[str, Tensor] = {}
     for batch in micro_batches:
         terms = objective.loss(state.model, batch.to(accelerator.device), weight_sum)
-        terms.loss.backward()
+        if terms.loss.requires_grad:  # text alone, where only the vision tower is trained
+            terms.loss.backward()
         state.optimiser.collect()
         losses.append(terms.loss.detach())
         for name, value in terms.metrics.items():

@@ -130,6 +130,7 @@ def warmup_of(config: PosthocConfig, pictures: Sequence[WeightedSource]) -> Trai
         model=replace(config.model, frozen=("vision", "language")),
         data=replace(config.data, weights=weights, mixture=AS_GIVEN),
         optim=replace(config.optim, lr=config.warmup.lr, muon_lr=None),
+        lora=None,  # the projector starts from nothing; LoRA adapts what is there already
         run=replace(config.run, num_steps=config.warmup.num_steps, out=config.run.out / WARMUP),
     )
 

@@ -65,7 +65,7 @@ def pretrain(
         model, processor = start_from(config.model)
     else:
         raise ConfigError("pre-training needs a start; give model.preset or model.path")
-    make_trainable(model, config.model, accelerator)
+    make_trainable(model, config.model, accelerator, lora=config.lora, seed=config.run.seed)
 
     # The data: text-only and multimodal sources mixed by their weights, packed into rows.
     if sources is None:

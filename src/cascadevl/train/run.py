@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,8 @@ from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.stream import merge_states, skipped_of
 from cascadevl.data.tiling import TilingConfig
 from cascadevl.errors import ConfigError, TrainingError
+from cascadevl.model.adapter_files import is_adapter_folder, save_adapter
+from cascadevl.model.adapters import fingerprint, has_adapters
 from cascadevl.model.drop_path import DropPath
 from cascadevl.model.loading import load, save
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
@@ -34,6 +37,7 @@ from cascadevl.train.checkpoint import Snapshot
 from cascadevl.train.config import FREE_KEYS, ModelConfig, TrainConfig, plain
 from cascadevl.train.log import RunLog, write_facts
 from cascadevl.train.loop import TrainState
+from cascadevl.train.lora import LoraConfig, add_adapters
 from cascadevl.train.objective import BatchT
 from cascadevl.train.optim import set_precision
 from cascadevl.types import Batch
@@ -43,6 +47,9 @@ CHECKPOINTS = "checkpoints"
 
 MODEL = "model"
 """Folder of the finished model within a run folder."""
+
+ADAPTER = "adapter"
+"""Folder of the finished adapter within the folder of a LoRA run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +62,9 @@ class TrainResult:
         loss: Loss of the last update; None if there was nothing left to do.
         counters: Tokens, tiles and samples seen.
         skipped: Records left out, by data set and kind of fault.
-        model_path: The exported model; None where the run was stopped before its end.
+        model_path: The exported model; None where the run was stopped before its end. Of a LoRA
+            run the merged model; the adapter, if that was not to be merged.
+        adapter_path: The exported adapter of a LoRA run.
     """
 
     steps: int
@@ -64,6 +73,7 @@ class TrainResult:
     counters: Mapping[str, int]
     skipped: Mapping[tuple[str, str], int]
     model_path: Path | None
+    adapter_path: Path | None = None
 
 
 def begin(seed: int) -> Accelerator:
@@ -122,16 +132,44 @@ def from_scratch(
 
 
 def start_from(config: ModelConfig) -> tuple[CascadeVLForConditionalGeneration, CascadeVLProcessor]:
-    """The model to go on with, and its processor."""
+    """The model to go on with, and its processor.
+
+    Raises:
+        ConfigError: If it is an adapter.
+        CheckpointError: If it cannot be opened.
+    """
     assert config.path is not None, "the recipe checked it"
+    if is_adapter_folder(Path(config.path)):
+        raise ConfigError(
+            f"model.path is {config.path!r}, an adapter; training starts from a model: merge it "
+            f"first (cascadevl merge {config.path} --out DIR), or name the merged model beside it"
+        )
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     return load(config.path, dtype=dtype)
 
 
 def make_trainable(
-    model: CascadeVLForConditionalGeneration, config: ModelConfig, accelerator: Accelerator
+    model: CascadeVLForConditionalGeneration,
+    config: ModelConfig,
+    accelerator: Accelerator,
+    *,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> None:
-    """Bring a model into the state a run wants: precision, frozen parts, drop path, device."""
+    """Bring a model into the state a run wants.
+
+    That is: precision, drop path, frozen parts, adapters, checkpointing, device.
+
+    Args:
+        model: The model; changed in place.
+        config: What the run wants.
+        accelerator: Its device.
+        lora: Adapters to train instead of weights.
+        seed: Of the adapters' random values.
+
+    Raises:
+        ConfigError: If the adapters do not fit the model, or there is nothing to adapt.
+    """
     set_precision(model, config.precision)
     if config.drop_path is not None and config.drop_path != model.config.drop_path_rate:
         model.model.drop_path.paused += 1  # for good: another one takes its place
@@ -142,6 +180,13 @@ def make_trainable(
         projector="projector" in config.frozen,
         language="language" in config.frozen,
     )
+    if lora is not None:
+        if config.preset is not None:
+            raise ConfigError(
+                f"LoRA adapts a trained model, and preset {config.preset!r} starts from random "
+                "weights; name a model with --model DIR, or leave --lora out"
+            )
+        add_adapters(model, lora, frozen=config.frozen, seed=seed)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     nn.Module.to(model, accelerator.device)
@@ -170,13 +215,12 @@ def compile_bodies(model: nn.Module, log: RunLog) -> bool:
 def saver(config: TrainConfig) -> Callable[[TrainState[BatchT]], Path]:
     """The function that writes a checkpoint of a state, from all its processes together."""
     folder = config.run.out / CHECKPOINTS
-    settings = plain(config)
 
     def save(state: TrainState[BatchT]) -> Path:
         accelerator = state.accelerator
         snapshot = Snapshot(
             step=state.step,
-            config=settings,
+            config=_settings(config, state.model),
             world_size=accelerator.num_processes,
             weights=checkpoint.model_tensors(state.model),
             optimiser=state.optimiser.state_dict(),
@@ -197,10 +241,19 @@ def saver(config: TrainConfig) -> Callable[[TrainState[BatchT]], Path]:
     return save
 
 
+def _settings(config: TrainConfig, model: nn.Module) -> dict[str, Any]:
+    """What a resumed run must agree with: the configuration, and the base under adapters.
+
+    A checkpoint of adapters is worth nothing on another base.
+    """
+    base = {"base_fingerprint": fingerprint(model)} if has_adapters(model) else {}
+    return plain(config) | base
+
+
 def older_run(out: Path) -> Path | None:
-    """What a run folder holds of a run: its latest checkpoint, its model, or None."""
-    model = out / MODEL
-    return checkpoint.latest(out / CHECKPOINTS) or (model if model.exists() else None)
+    """What a run folder holds of a run: its latest checkpoint, its model or adapter, or None."""
+    finished = (path for path in (out / MODEL, out / ADAPTER) if path.exists())
+    return checkpoint.latest(out / CHECKPOINTS) or next(finished, None)
 
 
 def take_up(state: TrainState[BatchT], config: TrainConfig) -> Path | None:
@@ -226,7 +279,8 @@ def take_up(state: TrainState[BatchT], config: TrainConfig) -> Path | None:
     if path is None:
         return None
     snapshot = checkpoint.load(path, rank=state.accelerator.process_index)
-    checkpoint.check_same_run(snapshot.config, plain(config), free=FREE_KEYS, path=path)
+    settings = _settings(config, state.model)
+    checkpoint.check_same_run(snapshot.config, settings, free=FREE_KEYS, path=path)
     checkpoint.load_model_tensors(state.model, snapshot.weights)
     state.optimiser.load_state_dict(snapshot.optimiser)
     state.step, state.counters = snapshot.step, dict(snapshot.counters)
@@ -255,6 +309,8 @@ def open_log(
         console=console,
         is_main=is_main,
     ) as log:
+        if config.lora is not None:
+            log.message(trained_share(state.model))
         if state.step:
             log.message(f"{stage} goes on after step {state.step}")
         if config.run.compile:
@@ -272,11 +328,12 @@ def export(
 ) -> TrainResult:
     """Write the finished model as a folder that `cascadevl.load` opens, and sum up the run.
 
-    The context it was trained for goes with it, so that positions can be fitted into it.
+    The context it was trained for goes with it, so that positions can be fitted into it. A LoRA
+    run leaves its adapter, and a model with the adapter merged in unless that is switched off.
     """
     skipped = skipped_records(state)
-    path = config.run.out / MODEL if finished else None
-    if path is not None and state.accelerator.is_main_process:
+    paths = _folders(config) if finished else {}
+    if finished and state.accelerator.is_main_process:
         model.config.trained_context = max(
             model.config.trained_context or 0, config.data.max_tokens
         )
@@ -284,9 +341,13 @@ def export(
             model.config.increment = "auto"
         elif config.data.increment != 1:
             model.config.increment = config.data.increment
-        if path.exists():  # of the same run, taken up again after its end
-            shutil.rmtree(path)
-        save(model, processor, path)
+        for path in paths.values():
+            if path.exists():  # of the same run, taken up again after its end
+                shutil.rmtree(path)
+        if ADAPTER in paths:
+            save_adapter(model, paths[ADAPTER], base=str(config.model.path))
+        if MODEL in paths:
+            save(model, processor, paths[MODEL])
     state.accelerator.wait_for_everyone()
     return TrainResult(
         steps=state.step,
@@ -294,8 +355,22 @@ def export(
         loss=state.metrics.get("loss"),
         counters=dict(state.counters),
         skipped=skipped,
-        model_path=path,
+        model_path=paths.get(MODEL, paths.get(ADAPTER)),
+        adapter_path=paths.get(ADAPTER),
     )
+
+
+def _folders(config: TrainConfig) -> dict[str, Path]:
+    """The folders a finished run leaves."""
+    names = [MODEL] if config.lora is None else [ADAPTER, *[MODEL] * config.lora.merge]
+    return {name: config.run.out / name for name in names}
+
+
+def trained_share(model: nn.Module) -> str:
+    """How much of a model is trained, in words."""
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{trained:,} of {every:,} parameters are trained ({trained / every:.2%})"
 
 
 def skipped_records(state: TrainState[Batch]) -> dict[tuple[str, str], int]:

@@ -60,7 +60,7 @@ def sft(
             "not a preset"
         )
     model, processor = start_from(config.model)
-    make_trainable(model, config.model, accelerator)
+    make_trainable(model, config.model, accelerator, lora=config.lora, seed=config.run.seed)
 
     # The data: conversations of which the answers are targets, mixed and packed into rows.
     if sources is None:
