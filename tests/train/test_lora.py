@@ -18,6 +18,7 @@ from tests.train.small_run import QUIET, small_config, sources, tokenizer
 from torch import Tensor
 
 import cascadevl
+from cascadevl.config import load_config
 from cascadevl.errors import ConfigError, TrainingError
 from cascadevl.model.adapters import (
     adapter_layers,
@@ -252,12 +253,25 @@ def test_bfloat16_adapters_have_float32_masters() -> None:
     assert {master.dtype for master in optimiser.masters.values()} == {torch.float32}
 
 
+class NoData:
+    """A stream that nobody reads."""
+
+    def __next__(self) -> Batch:
+        raise StopIteration
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        del state
+
+
 def test_text_alone_teaches_a_vision_tower_nothing() -> None:
     model = adapted(config=LoraConfig(parts=("vision",)))
     state: TrainState[Batch] = TrainState(
         model=model,
         optimiser=Optimiser(model.named_parameters(), TrainConfig().optim),
-        stream=iter(()),
+        stream=NoData(),
         accelerator=Accelerator(cpu=True),
     )
     update(state, [packed_batch([[]])], NEXT_TOKEN)
@@ -388,3 +402,10 @@ def test_random_weights_are_not_adapted(tmp_path: Path) -> None:
     config = replace(small_config(tmp_path), lora=LoraConfig())
     with pytest.raises(ConfigError, match=r"preset 'nano' starts from random weights"):
         pretrain(config, sources=sources(), tokenizer=tokenizer(), console=QUIET)
+
+
+def test_the_published_configuration_has_the_released_values() -> None:
+    file = Path(__file__).parents[2] / "configs" / "sft_lora_internvl3_1b.yaml"
+    config = load_config(TrainConfig, files=[file])
+    assert config.lora == LoraConfig(alpha=32, dropout=0.05)
+    assert (config.optim.lr, config.run.global_batch) == (4e-5, 16)
