@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,11 +56,14 @@ class ChatServer:
 
 
 @contextmanager
-def chat_server(answer: Callable[[Body], Answered]) -> Iterator[ChatServer]:
+def chat_server(
+    answer: Callable[[Body], Answered], models: Sequence[str] = ()
+) -> Iterator[ChatServer]:
     """Run a server while the context lasts.
 
     Args:
         answer: Gives the answer to a request's JSON; called in several threads.
+        models: Names of the models it lists.
     """
     lock, running = threading.Lock(), 0
 
@@ -78,6 +81,10 @@ def chat_server(answer: Callable[[Body], Answered]) -> Iterator[ChatServer]:
             finally:
                 with lock:
                     running -= 1
+
+        def do_GET(self) -> None:
+            listed = {"data": [{"id": name, "object": "model"} for name in models]}
+            self._reply(Answered(listed) if self.path == "/v1/models" else Answered(status=404))
 
         def _reply(self, answered: Answered) -> None:
             if answered.hold is not None:

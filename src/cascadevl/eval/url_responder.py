@@ -1,52 +1,26 @@
 """A server as a responder: any that speaks OpenAI's chat completions (vLLM, SGLang, lmdeploy, ...).
 
-Only the standard library is used: many conversations are asked at a time by threads, what fails
-for a moment is asked again, and what cannot work stops with a word on what to mend.
+Many conversations are asked at a time by threads; what fails for a moment is asked again, and what
+cannot work stops with a word on what to mend (`cascadevl.engine.http_json`).
 """
 
 from __future__ import annotations
 
-import http.client
 import json
-import random
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from cascadevl.data.conversation import thinking_answer
+from cascadevl.engine.http_json import HttpServer, Refused
 from cascadevl.errors import ConfigError, RequestError
 from cascadevl.eval.data_url import message_fields
 from cascadevl.eval.responder import Reply
 from cascadevl.types import Message
 
-_REFUSED = (400, 413, 422)
-"""The server will never answer this conversation: too long, too many pictures, ..."""
-
-_PASSING = (408, 409, 425, 429)
-"""Worth another try, like everything from 500 upwards."""
-
-_MAX_DELAY_S = 60.0
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-class _PassingFailure(Exception):
-    """A failure that may be gone at the next try; ``delay_s`` is what the server asks to wait."""
-
-    def __init__(self, problem: str, delay_s: float = 0.0) -> None:
-        super().__init__(problem)
-        self.delay_s = delay_s
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Redirects are errors: a key must not go elsewhere, and a POST would become a GET."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Follow none."""
+_PATH = "chat/completions"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,16 +64,9 @@ class UrlResponder:
         Raises:
             ConfigError: If the address is no HTTP address, or a number is out of range.
         """
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(
-                f"the server's address is {self.url!r}; give it as http://host:port/v1"
-            )
-        if self.concurrency < 1 or self.max_retries < 0 or self.timeout_s <= 0:
-            raise ConfigError(
-                f"concurrency is {self.concurrency}, max_retries {self.max_retries} and timeout_s "
-                f"{self.timeout_s}; they must be at least 1, at least 0 and above 0"
-            )
+        self._server.endpoint(_PATH)  # an address or a number that cannot work is refused there
+        if self.concurrency < 1:
+            raise ConfigError(f"concurrency is {self.concurrency}; it must be at least 1")
 
     def __call__(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """Answer all conversations, several at a time; one that is refused is answered empty.
@@ -148,69 +115,25 @@ class UrlResponder:
             "top_p": self.top_p,
             "seed": seed,
         }
-        content = json.dumps(body).encode()
-        chance = random.Random(seed)
-        for attempt in range(self.max_retries + 1):
-            try:
-                return self._post(content)
-            except _PassingFailure as failure:
-                if attempt == self.max_retries:
-                    raise RequestError(
-                        f"{self._endpoint}: {failure}, {attempt + 1} times in a row; is the "
-                        "server up? fewer requests at a time or a longer timeout may help"
-                    ) from failure
-                pause = self.backoff_s * 2**attempt * chance.uniform(0.5, 1.0)
-                if stop.wait(min(_MAX_DELAY_S, max(pause, failure.delay_s))):
-                    break
-        raise RequestError("another request failed")  # nobody sees this one
+        try:
+            return self._read(self._server.post(_PATH, body, seed=seed, stop=stop))
+        except Refused as refusal:
+            return Reply("", "refused", str(refusal))
+
+    @property
+    def _server(self) -> HttpServer:
+        return HttpServer(
+            url=self.url,
+            api_key=self.api_key,
+            timeout_s=self.timeout_s,
+            max_retries=self.max_retries,
+            backoff_s=self.backoff_s,
+            remedies={404: f"check the address, and that the server knows a model {self.model!r}"},
+        )
 
     @property
     def _endpoint(self) -> str:
-        return f"{self.url.rstrip('/')}/chat/completions"
-
-    def _post(self, content: bytes) -> Reply:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        request = urllib.request.Request(self._endpoint, content, headers, method="POST")
-        # A proxy of the environment is for other machines, never for this one.
-        is_here = urlsplit(self.url).hostname in _LOOPBACK
-        proxies = [urllib.request.ProxyHandler({})] if is_here else []
-        opener = urllib.request.build_opener(_NoRedirect, *proxies)
-        try:
-            with opener.open(request, timeout=self.timeout_s) as response:
-                return self._read(response.read())
-        except urllib.error.HTTPError as error:
-            return self._refusal(error)
-        except TimeoutError as error:
-            raise _PassingFailure(f"no answer for {self.timeout_s:g} s") from error
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                raise _PassingFailure(f"no connection within {self.timeout_s:g} s") from error
-            raise _PassingFailure(f"cannot be reached ({error.reason})") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise _PassingFailure(f"the connection broke ({error!r})") from error
-
-    def _refusal(self, error: urllib.error.HTTPError) -> Reply:
-        """What an error status means.
-
-        Raises:
-            RequestError: If asking again cannot help.
-        """
-        with error:
-            said = error.read(2000).decode("utf-8", "replace").strip()[:300]
-        status = f"status {error.code} ({said or error.reason})"
-        if error.code in _REFUSED:
-            return Reply("", "refused", status)
-        if error.code in _PASSING or error.code >= 500:
-            wish = error.headers.get("Retry-After", "")
-            raise _PassingFailure(status, float(wish) if wish.isdecimal() else 0.0)
-        remedy = {
-            401: "give a valid API key",
-            403: "this API key may not do that",
-            404: f"check the address, and that the server knows a model {self.model!r}",
-        }.get(error.code, "check the address")
-        raise RequestError(f"{self._endpoint}: {status}; {remedy}")
+        return self._server.endpoint(_PATH)
 
     def _read(self, content: bytes) -> Reply:
         try:
