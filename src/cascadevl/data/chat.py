@@ -53,7 +53,8 @@ def to_messages(
         conversation: Turns, each a `ChatMessage`; a content is text, or a list of
             ``{"type": "text", "text": ...}``,
             ``{"type": "image", "image" | "path" | "url" | "base64": ...}`` (a file, a data or
-            file URL, bytes, a PIL picture or an RGB array) and
+            file URL, bytes, a PIL picture or an RGB array), OpenAI's
+            ``{"type": "image_url", "image_url": {"url": ...}}`` (a file, a data or file URL) and
             ``{"type": "video", "video" | "path" | "url": ...}`` (a file or a folder of frames).
         placeholders: Whether a picture or video may leave its source open, for text in which
             only its place counts.
@@ -101,12 +102,23 @@ def _parts(item: object, place: str, placeholders: bool) -> tuple[Part, ...]:
         return ImageRef(b"") if kind == "image" else VideoRef(source=Path()), "\n"
     if kind == "image":
         return ImageRef(image_of(_value(item, _IMAGE_KEYS, place), place)), "\n"
+    if kind == "image_url":
+        return ImageRef(image_of(_openai_url(item, place), place)), "\n"
     if kind == "video":
         video = _value(item, _VIDEO_KEYS, place)
         if not isinstance(video, str | Path):
             raise _error(f"{place} shows a video that is {video!r:.60}", "give a file or a folder")
         return VideoRef(source=_path(video)), "\n"
-    raise _error(f"{place} has a part of type {kind!r}", "use text, image or video")
+    raise _error(f"{place} has a part of type {kind!r}", "use text, image, image_url or video")
+
+
+def _openai_url(item: Mapping[object, object], place: str) -> str:
+    """The address in OpenAI's part of a picture, also where it stands without its object."""
+    value = item.get("image_url")
+    url = value.get("url") if isinstance(value, Mapping) else value
+    if not isinstance(url, str):
+        raise _error(f"{place} has an image_url without url", 'write {"url": ...}')
+    return url
 
 
 def _value(item: Mapping[object, object], keys: Sequence[str], place: str) -> object:

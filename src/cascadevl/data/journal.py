@@ -16,7 +16,7 @@ from cascadevl.data.json_text import decode_json
 from cascadevl.errors import ConfigError
 
 JOURNAL = "journal.jsonl"
-"""Name of the journal in the folder."""
+"""Name of the journal in a folder that holds nothing else."""
 
 
 class Journal:
@@ -28,7 +28,13 @@ class Journal:
     """
 
     def __init__(
-        self, folder: Path, names: Sequence[str], settings: Mapping[str, Any], *, resume: bool
+        self,
+        folder: Path,
+        names: Sequence[str],
+        settings: Mapping[str, Any],
+        *,
+        resume: bool,
+        journal: str = JOURNAL,
     ) -> None:
         """Open a folder for a new set of files, or go on with one.
 
@@ -37,6 +43,7 @@ class Journal:
             names: Names of the files.
             settings: JSON values that the content depends on; a resumed set must have the same.
             resume: Go on where an earlier attempt stopped; a folder without one is begun.
+            journal: Name of the journal in the folder.
 
         Raises:
             ConfigError: If there are files already and they are not to be gone on with, they were
@@ -44,7 +51,7 @@ class Journal:
             DataError: Of kind ``invalid_json``, if the journal was damaged.
         """
         self._folder, self._names = folder, tuple(names)
-        self._path = folder / JOURNAL
+        self._path = folder / journal
         self.num_chunks, self.state = 0, dict[str, Any]()
         plain = json.loads(json.dumps(settings, default=str))
         if not self._path.exists():
@@ -83,9 +90,10 @@ class Journal:
     def _begin(self, settings: Mapping[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         for name in self._names:
-            if self._file(name).exists():
+            # An empty file may be what an attempt left that was ended right here.
+            if self._file(name).exists() and self._file(name).stat().st_size > 0:
                 raise ConfigError(
-                    f"{self._file(name)} is there, but no {JOURNAL}; choose another folder"
+                    f"{self._file(name)} is there, but no {self._path.name}; choose another folder"
                 )
         for name in self._names:
             self._file(name).touch()

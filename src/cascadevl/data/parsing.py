@@ -58,6 +58,7 @@ def parse_record(
     dataset: str = "",
     max_tiles: int | None = None,
     augment: bool = False,
+    answered: bool = True,
 ) -> Record:
     """Check one record and turn it into messages; its pictures are not opened.
 
@@ -75,6 +76,7 @@ def parse_record(
         dataset: Name of the data set.
         max_tiles: The data set's own limit of tiles.
         augment: Whether pictures are degraded in training.
+        answered: Whether it ends with an answer; False for one that waits for it.
 
     Raises:
         DataError: Of kind ``bad_field``, ``bad_role``, ``bad_turns``, ``image_count``,
@@ -88,7 +90,7 @@ def parse_record(
             remedy='write {"conversations": [...]}',
         )
     turns = _turns(fields, source)
-    _check_order(turns, source)
+    _check_order(turns, source, answered)
     images = _images(fields, root, source)
     videos = _videos(fields, root, source)
     if images and videos:
@@ -189,9 +191,9 @@ def _piece(piece: object, source: str, field: str) -> str:
     )
 
 
-def _check_order(turns: Sequence[_Turn], source: str) -> None:
+def _check_order(turns: Sequence[_Turn], source: str, answered: bool) -> None:
     """[system] human gpt, then human or function and gpt in turn; or exactly one pretrain."""
-    if [turn.role for turn in turns] == ["pretrain"]:
+    if answered and [turn.role for turn in turns] == ["pretrain"]:
         return
     allowed: tuple[Role, ...] = ("system", "user")
     for turn in turns:
@@ -206,13 +208,15 @@ def _check_order(turns: Sequence[_Turn], source: str) -> None:
                 "the place of a later human; a pretrain turn stands alone",
             )
         allowed = _FOLLOWERS[turn.role]
-    if turns[-1].role != "assistant":
+    if (turns[-1].role == "assistant") != answered or turns[-1].role == "system":
         raise DataError(
             f"the conversation ends with a turn of {_released_name(turns[-1].role)}",
             kind="bad_turns",
             source=source,
             field=turns[-1].field.rpartition(".")[0],
-            remedy="end it with the answer of gpt; without one there is nothing to learn",
+            remedy="end it with the answer of gpt; without one there is nothing to learn"
+            if answered
+            else "end it with a turn of human, which is to be answered",
         )
 
 
