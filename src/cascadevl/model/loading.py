@@ -170,7 +170,7 @@ def _filled(
         model = CascadeVLForConditionalGeneration(config)
     recipes = fuse_experts(checkpoint.recipes)
     read = through(checkpoint.read, recipes)
-    state = {name: _placed(read(name), dtype, device) for name in recipes}
+    state = {name: placed(read(name), dtype, device) for name in recipes}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     assert not unexpected, unexpected
     assert set(missing) <= ({HEAD} if config.tie_word_embeddings else set()), missing
@@ -180,7 +180,14 @@ def _filled(
     return model
 
 
-def _placed(tensor: Tensor, dtype: torch.dtype | Literal["auto"], device: torch.device) -> Tensor:
+def placed(tensor: Tensor, dtype: torch.dtype | Literal["auto"], device: torch.device) -> Tensor:
+    """A copy of a tensor of a file, in the type and the place that are asked for.
+
+    Args:
+        tensor: What the file holds.
+        dtype: Type of floating-point tensors; ``"auto"`` keeps it.
+        device: Where it goes.
+    """
     target = dtype if dtype != "auto" and tensor.is_floating_point() else tensor.dtype
     # A copy even where nothing changes: the tensor is a window on its file, and a checkpoint
     # that is replaced later must not change, or end, a model that is running.
