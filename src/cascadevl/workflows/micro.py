@@ -64,7 +64,7 @@ class Plan:
 
 STAGES = {
     "vision": Plan(num_steps=5000, row_tokens=32 * 64, schedule="wsd"),
-    "decoder": Plan(num_steps=1000, row_tokens=3072),
+    "decoder": Plan(num_steps=2000, row_tokens=3072),
     "pretrain": Plan(num_steps=1200, row_tokens=4096),
     "sft": Plan(num_steps=3000, row_tokens=4096, schedule="cosine"),
 }
@@ -216,6 +216,7 @@ def stage_config(
                 row_tiles=256,
                 buffer_rows=8,
                 level_rows=1,
+                fixed_rows=True,  # so that the bodies can be compiled
             )
         ),
         optim=OptimConfig(
