@@ -65,8 +65,8 @@ class Plan:
 STAGES = {
     "vision": Plan(num_steps=5000, row_tokens=32 * 64, schedule="wsd"),
     "decoder": Plan(num_steps=2000, row_tokens=3072),
-    "pretrain": Plan(num_steps=1200, row_tokens=4096),
-    "sft": Plan(num_steps=3000, row_tokens=4096, schedule="cosine"),
+    "pretrain": Plan(num_steps=600, row_tokens=4096),
+    "sft": Plan(num_steps=4500, row_tokens=4096, schedule="cosine"),
 }
 """Every stage by its name, in order; vision and decoder do not depend on each other."""
 
@@ -82,6 +82,7 @@ _SHAPES = Shapes(px=TILE_PX, difficulty="full", num_questions=6)
 _EASY_VQA = EasyVQA(px=TILE_PX, num_questions=6)
 _SHORT_WORDS = Printed(px=TILE_PX, difficulty="short", num_questions=4)
 _WORDS = Printed(px=TILE_PX, difficulty="word", num_questions=4)
+_LARGE_WORDS = Printed(px=LARGE_PX, difficulty="word", num_questions=4)
 _LINES = Printed(px=LARGE_PX, difficulty="line", num_questions=4)
 _TEXTS = Printed(px=LARGE_PX, difficulty="lines", num_questions=4)
 _EASY_CHARTS = Charts(px=LARGE_PX, difficulty="easy", num_questions=5)
@@ -121,20 +122,20 @@ _PRETRAIN: tuple[tuple[Task, float], ...] = (
 _SFT: tuple[tuple[Task, float], ...] = (
     (_DIGITS, 0.02),
     (_TWO_DIGITS, 0.05),
-    (_NUMBERS, 0.18),
+    (_NUMBERS, 0.14),
     (_TWO_ROWS, 0.03),
     (_SUMS, 0.12),
     (_FEW_SHAPES, 0.02),
-    (_SHAPES, 0.16),
-    (_EASY_VQA, 0.08),
-    (_SHORT_WORDS, 0.02),
-    (_WORDS, 0.14),
-    (_LINES, 0.04),
-    (_TEXTS, 0.02),
-    (_EASY_CHARTS, 0.05),
+    (_SHAPES, 0.15),
+    (_EASY_VQA, 0.05),
+    (_SHORT_WORDS, 0.08),
+    (_LARGE_WORDS, 0.12),
+    (_LINES, 0.03),
+    (_TEXTS, 0.01),
+    (_EASY_CHARTS, 0.06),
     (_AXES, 0.05),
     (_CHARTS, 0.05),
-    (_TEXT, 0.08),
+    (_TEXT, 0.04),
 )
 
 
@@ -278,7 +279,7 @@ def suite(num_questions: int) -> Sequence[SuiteRow]:
         ("shapes: how many of one color or shape?", "how many of", shapes, _COUNT_OF),
         ("shapes: which color, which shape, where?", "which, where", shapes, _ABOUT_ONE),
         ("shapes: list all with their places", "list all", shapes, _kind("list")),
-        ("printed words", "words", _all(_WORDS), _kind("word")),
+        ("printed words", "words", _all(_LARGE_WORDS), _kind("word")),
         ("printed lines", "lines", _all(_LINES), _kind("line")),
         ("charts, values printed: value", "printed value", _all(_EASY_CHARTS), _kind("value")),
         ("charts, values from the axis: value", "axis value", _all(_AXES), _kind("value")),
