@@ -84,7 +84,7 @@ def test_every_public_name_is_there():
 
 
 @pytest.mark.parametrize(
-    "file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name
+    "file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda file: file.name
 )
 def test_every_configuration_file_loads(file: Path):
     if file.name.startswith("mixture_search_"):

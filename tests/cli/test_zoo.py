@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from cascadevl.cli.main import main
 from cascadevl.model.zoo import ZOO
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_every_released_size_is_listed_on_one_line(capsys: pytest.CaptureFixture[str]):
@@ -24,8 +29,20 @@ def test_one_size_in_full(capsys: pytest.CaptureFixture[str]):
         "OpenGVLab/InternVL3_5-30B-A3B",
         "3 B of them",
         "48 x 2048",
+        "configs/*_30b-a3b.yaml",
     ):
         assert fact in shown
+
+
+def test_the_runs_it_names_are_there(capsys: pytest.CaptureFixture[str]):
+    for model in ZOO.values():
+        assert main(["zoo", model.name]) == 0
+        shown = capsys.readouterr().out
+        patterns = re.findall(r"configs/(\S+\.yaml)", shown)
+        assert len(patterns) == (model.name != "InternVL2.5-8B")
+        for pattern in patterns:
+            stages = {file.name.partition("_")[0] for file in CONFIGS.glob(pattern)}
+            assert {"pretrain", "sft"} <= stages
 
 
 def test_an_unknown_size_names_the_nearest(capsys: pytest.CaptureFixture[str]):

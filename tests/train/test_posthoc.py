@@ -119,3 +119,23 @@ def test_the_warm_up_has_a_rate_of_its_own_and_no_weights_of_texts(tmp_path: Pat
     assert warm.data.mixture == "as_given"
     with pytest.raises(ConfigError, match="use the stage pretrain"):
         WarmupConfig(num_steps=0)
+
+
+@pytest.mark.parametrize("of_the_run", [{"run__accumulation": 3}, {"run__global_batch": 6}])
+def test_the_warm_up_has_steps_and_rows_of_its_own(
+    tmp_path: Path, of_the_run: dict[str, int]
+) -> None:
+    settings = config(tmp_path, **of_the_run)
+    same = warmup_of(settings, sources())
+    assert (same.run.accumulation, same.run.global_batch) == (
+        settings.run.accumulation,
+        settings.run.global_batch,
+    )
+    assert (same.data.max_tokens, same.batch) == (settings.data.max_tokens, settings.batch)
+    own = dataclasses.replace(settings.warmup, global_batch=4, max_tokens=200)
+    warm = warmup_of(dataclasses.replace(settings, warmup=own), sources())
+    assert (warm.run.accumulation, warm.run.global_batch) == (None, 4)
+    assert (warm.data.max_tokens, warm.batch.row_tokens) == (200, 200)
+    for wrong in ({"global_batch": 0}, {"max_tokens": 0}):
+        with pytest.raises(ConfigError, match=f"warmup.{next(iter(wrong))} is 0"):
+            WarmupConfig(**wrong)

@@ -48,6 +48,9 @@ def _print_all(console: Console) -> None:
             model.name, model.vision, model.language, f"{model.report_billion:g} B", active
         )
     console.print(table)
+    console.print(
+        "\n`cascadevl zoo NAME` shows one in full, with its training runs", highlight=False
+    )
 
 
 def _print_one(name: str, console: Console) -> None:
@@ -70,6 +73,8 @@ def _print_one(name: str, console: Console) -> None:
         "repository": model.hub_id,
         "also with": " ".join(model.suffixes),
     }
+    if model.preset:
+        rows["training runs"] = f"configs/*_{model.preset}.yaml in cascadevl's repository"
     for heading, value in rows.items():
         table.add_row(heading, value)
     console.print(table, highlight=False)

@@ -55,6 +55,13 @@ class ReleasedModel:
     report_billion: float
     active_billion: float | None = None
 
+    @property
+    def preset(self) -> str | None:
+        """What its runs are called, ``configs/STAGE_PRESET.yaml``; None if there are none."""
+        if not self.name.startswith("InternVL3"):
+            return None
+        return self.name.lower().removeprefix("internvl3.5-")
+
 
 _VISION: dict[VisionName, dict[str, Any]] = {
     "InternViT-300M": {

@@ -39,10 +39,15 @@ class WarmupConfig:
     Attributes:
         num_steps: Optimiser steps.
         lr: Peak learning rate of the projector, under either optimiser.
+        global_batch: Rows of a step on all processes together; None keeps the second stage's step.
+        max_tokens: Longest sample, and longest row under packing ``fill``; None keeps the second
+            stage's.
     """
 
     num_steps: int = 5000  # stage 0 of the GPT-OSS scripts
     lr: float = 1e-3  # stage 0 of the GPT-OSS scripts; 2e-4 in the InternVL2.5 report
+    global_batch: int | None = None  # 256 in stage 0 of the GPT-OSS scripts
+    max_tokens: int | None = None  # 16384 in stage 0 of the GPT-OSS scripts
 
     def __post_init__(self) -> None:
         """Refuse a stage without a step or a rate."""
@@ -51,6 +56,9 @@ class WarmupConfig:
                 f"warmup.num_steps is {self.num_steps} and warmup.lr {self.lr}; both must be "
                 "positive. Without a warm-up, use the stage pretrain"
             )
+        for name in ("global_batch", "max_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"warmup.{name} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,13 +133,22 @@ def warmup_of(config: PosthocConfig, pictures: Sequence[WeightedSource]) -> Trai
     """
     names = {one.source.name for one in pictures}
     weights = {name: weight for name, weight in config.data.weights.items() if name in names}
+    data = replace(config.data, weights=weights, mixture=AS_GIVEN)
+    batch = config.batch
+    if config.warmup.max_tokens is not None:
+        data = replace(data, max_tokens=config.warmup.max_tokens)
+        batch = replace(batch, row_tokens=config.warmup.max_tokens)
+    run = replace(config.run, num_steps=config.warmup.num_steps, out=config.run.out / WARMUP)
+    if config.warmup.global_batch is not None:
+        run = replace(run, accumulation=None, global_batch=config.warmup.global_batch)
     return replace(
         _stage(config),
         model=replace(config.model, frozen=("vision", "language")),
-        data=replace(config.data, weights=weights, mixture=AS_GIVEN),
+        data=data,
+        batch=batch,
         optim=replace(config.optim, lr=config.warmup.lr, muon_lr=None),
         lora=None,  # the projector starts from nothing; LoRA adapts what is there already
-        run=replace(config.run, num_steps=config.warmup.num_steps, out=config.run.out / WARMUP),
+        run=run,
     )
 
 
