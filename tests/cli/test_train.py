@@ -16,6 +16,7 @@ from cascadevl.train.config import TrainConfig
 from cascadevl.train.lora import LoraConfig
 from cascadevl.workflows.dry_run import SeenImage, SeenSample
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 QUESTION, ANSWER = "what colour is this picture?", "it is grey"
 
 
@@ -130,6 +131,32 @@ def test_a_run_without_model_or_data_says_so(
     assert "model" in capsys.readouterr().err
     assert main(words(material, "--data.meta=[]", "--dry-run")) == 2
     assert "data.meta" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_asked_for(
+    material: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    data = ["--data", str(material / "meta.json"), "--out", str(tmp_path / "out")]
+    released = ["train", "sft", str(CONFIGS / "sft_8b.yaml"), *data]
+    assert main(released) == 2
+    download = "hf download OpenGVLab/InternVL3_5-8B-Pretrained"
+    assert capsys.readouterr().err.endswith(f"name its folder, or download it first: {download}\n")
+    assert main([*released, "--dry-run"]) == 2
+    assert f"{download} --exclude '*.safetensors' (no weights" in capsys.readouterr().err
+    assert main(["train", "sft", str(CONFIGS / "sft_20b-a4b.yaml"), *data, "--dry-run"]) == 2
+    streams = capsys.readouterr()
+    assert "'runs/posthoc_20b-a4b/joint/model' is neither a folder" in streams.err
+    assert "download" not in streams.err
+    for words in (["pretrain", "8b"], ["posthoc", "20b-a4b"]):
+        file = CONFIGS / f"{'_'.join(words)}.yaml"
+        assert main(["train", words[0], str(file), *data, "--dry-run"]) == 2
+        assert "model.path is not set; give --model DIR" in capsys.readouterr().err
+        assert main(["train", words[0], str(file), *data]) == 2
+        assert "with --model DIR (model.path)" in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_samples_as_the_model_will_see_them(

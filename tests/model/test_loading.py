@@ -229,7 +229,7 @@ def test_downloaded_repository_is_found_in_the_local_cache(
     [
         ("OpenGVLab/InternVL3-2B", r"hf download OpenGVLab/InternVL3-2B"),
         ("InternVL3.5-8B", r"hf download OpenGVLab/InternVL3_5-8B"),
-        ("no such folder", "neither a folder nor a repository"),
+        ("no such folder", "neither a folder nor a repository.*name the folder of a model"),
         ("/no/such/folder", "neither a folder nor a repository"),
     ],
 )

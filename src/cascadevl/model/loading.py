@@ -79,10 +79,14 @@ def load(
     return model, processor
 
 
-def find(name_or_path: str | Path) -> Path:
+def find(name_or_path: str | Path, *, weights: bool = True) -> Path:
     """The folder of a checkpoint, in the file system or in the local Hugging Face cache.
 
     Nothing is downloaded.
+
+    Args:
+        name_or_path: As for `load`.
+        weights: Whether the caller reads them; only the advice depends on it.
 
     Raises:
         CheckpointError: If there is none; says how to get it.
@@ -97,9 +101,12 @@ def find(name_or_path: str | Path) -> Path:
         return Path(snapshot_download(repository, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
         is_hub_name = repository.count("/") == 1 and not repository.startswith((".", "/", "~"))
-        how = f"; download it first: hf download {repository}" if is_hub_name else ""
+        how = "name the folder of a model"
+        if is_hub_name:
+            how = f"name its folder, or download it first: hf download {repository}"
+            how += "" if weights else " --exclude '*.safetensors' (no weights are needed here)"
         raise CheckpointError(
-            f"{name!r} is neither a folder nor a repository in the local Hugging Face cache{how}"
+            f"{name!r} is neither a folder nor a repository in the local Hugging Face cache; {how}"
         ) from error
 
 

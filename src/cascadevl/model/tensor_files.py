@@ -192,7 +192,10 @@ def _files_of_index(path: Path, index: Path) -> list[Path]:
 def _nothing_to_read(path: Path) -> str:
     pickles = sorted([*path.glob("*.bin"), *path.glob("*.pth"), *path.glob("*.pt")])
     if not pickles:
-        return f"{path}: no *.safetensors files; is this the folder of a checkpoint?"
+        return (
+            f"{path}: no *.safetensors files; is this the folder of a checkpoint, and were its "
+            "weights downloaded too?"
+        )
     return (
         f"{path}: only pickled weights ({pickles[0].name}), which run code when opened and are "
         "refused; convert them once where you trust them: "

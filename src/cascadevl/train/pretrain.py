@@ -64,7 +64,10 @@ def pretrain(
     elif config.model.path is not None:
         model, processor = start_from(config.model)
     else:
-        raise ConfigError("pre-training needs a start; give model.preset or model.path")
+        raise ConfigError(
+            "pre-training needs a start: name the folder of a model, of which the projector may "
+            "be untrained, with --model DIR (model.path), or a small shape with model.preset"
+        )
     make_trainable(model, config.model, accelerator, lora=config.lora, seed=config.run.seed)
 
     # The data: text-only and multimodal sources mixed by their weights, packed into rows.

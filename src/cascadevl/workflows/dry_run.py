@@ -94,10 +94,12 @@ def first_samples(config: TrainConfig, count: int) -> Iterator[SeenSample | Data
 
 def _processor(config: TrainConfig) -> CascadeVLProcessor:
     if config.model.path is not None:
-        return load_processor(find(config.model.path))
+        return load_processor(find(config.model.path, weights=False))
     if config.model.preset is not None:
         return from_scratch(config.model, None, seed=config.run.seed)[1]
-    raise ConfigError("there is no model to see the samples; give --model DIR")
+    raise ConfigError(
+        "there is no model to see the samples: model.path is not set; give --model DIR"
+    )
 
 
 def _seen(example: Example, dataset: str, processor: CascadeVLProcessor) -> SeenSample:
