@@ -8,7 +8,7 @@ of a packed sample and cut visual tokens off from the text before them. The bord
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,25 @@ from cascadevl.model.varlen import can_use_varlen, varlen_attention
 
 TEXT_ATTENTION = "cascadevl"
 VISION_ATTENTION = "cascadevl_dense"
+
+
+@runtime_checkable
+class Attend(Protocol):
+    """Attention of one forward pass of a text body that someone else computes: the engine."""
+
+    def __call__(
+        self,
+        layer: int,
+        query: Float[Tensor, "rows heads tokens dim"],
+        key: Float[Tensor, "rows kv_heads tokens dim"],
+        value: Float[Tensor, "rows kv_heads tokens dim"],
+        *,
+        scaling: float,
+        window: int | None,
+        sinks: Float[Tensor, " heads"] | None,
+    ) -> Float[Tensor, "rows tokens heads dim"]:
+        """Attention of a layer's new tokens, whose keys and values it keeps."""
+        ...
 
 
 def attend_packed(
@@ -88,6 +107,7 @@ def text_attention(
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     packed_layout: PackedLayout | None = None,
+    attend: Attend | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "rows queries heads dim"], None]:
     """Attention of the text bodies, as transformers' `AttentionInterface` calls it.
@@ -100,6 +120,11 @@ def text_attention(
             f"attention dropout {dropout} is not supported by {TEXT_ATTENTION!r}; "
             f"set attention_dropout to 0 in the text config"
         )
+    if attend is not None:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]  # every text body numbers them
+        return attend(
+            layer, query, key, value, scaling=scaling, window=sliding_window, sinks=s_aux
+        ), None
     if packed_layout is not None:
         if s_aux is None and can_use_varlen(query):
             out = varlen_attention(

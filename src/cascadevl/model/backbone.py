@@ -16,7 +16,12 @@ from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.models.internvl.modeling_internvl import InternVLPreTrainedModel
 
-from cascadevl.model.attention import TEXT_ATTENTION, VISION_ATTENTION, register_attention
+from cascadevl.model.attention import (
+    TEXT_ATTENTION,
+    VISION_ATTENTION,
+    Attend,
+    register_attention,
+)
 from cascadevl.model.configuration import CascadeVLConfig, attention_windows
 from cascadevl.model.drop_path import DropPath
 from cascadevl.model.layout import PackedLayout, packed_layout
@@ -91,6 +96,15 @@ class CascadeVLModel(InternVLPreTrainedModel):
     ) -> Float[Tensor, "rows tokens hidden"]:
         """Hidden states of packed rows; a cache to fill, if any, must be empty."""
         return self._body(inputs_embeds, position_ids, past_key_values, packed_layout=layout)
+
+    def run_attending(
+        self,
+        inputs_embeds: Float[Tensor, "rows tokens hidden"],
+        position_ids: Float[Tensor, "rows tokens"],
+        attend: Attend,
+    ) -> Float[Tensor, "rows tokens hidden"]:
+        """Hidden states of tokens whose attention, and keys and values, the caller sees to."""
+        return self._body(inputs_embeds, position_ids, None, attend=attend)
 
     def run_cached(
         self,

@@ -1,0 +1,152 @@
+"""Whoever waits for answers of an engine that others use at the same time.
+
+Each has a box into which every step puts what is theirs, and steps the engine while it is empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import replace
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from cascadevl.engine.requests import Completion, Request, StepResult, TokenOutput
+from cascadevl.errors import LogitsError
+
+Box: TypeAlias = deque[TokenOutput | Completion]
+
+_AHEAD = 64
+"""Requests that wait within the engine while more are at hand: each holds its pictures."""
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """What answers."""
+
+    def add(self, request: Request) -> int:
+        """Queue a request."""
+        ...
+
+    def cancel(self, request_id: int) -> None:
+        """Call a request off."""
+        ...
+
+    def step(self) -> StepResult:
+        """Compute a step of all requests."""
+        ...
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their turn."""
+        ...
+
+
+class Boxes:
+    """The boxes of all who wait."""
+
+    def __init__(self, engine: Steps) -> None:
+        """Begin with none."""
+        self._engine = engine
+        self._boxes: dict[int, Box] = {}
+        self._stepping: asyncio.Future[StepResult] | None = None
+
+    def deliver(self, result: StepResult) -> None:
+        """Put what a step brought into the boxes of those who wait for it."""
+        for output in (*result.tokens, *result.completions):
+            box = self._boxes.get(output.request_id)
+            if box is not None:
+                box.append(output)
+
+    def generate(self, requests: Iterable[Request]) -> list[tuple[Completion, ...]]:
+        """All answers of all requests, in order; see `Engine.generate`."""
+        answers: dict[int, list[Completion]] = {}
+        left: dict[int, int] = {}
+        more = iter(requests)
+        try:
+            while self._add_some(more, answers, left) or left:
+                self._engine.step()
+                for number in list(left):
+                    self._empty(number, answers[number], left)
+        finally:
+            for number in left:
+                self._leave(number)
+        return [tuple(sorted(each, key=lambda c: c.sample)) for each in answers.values()]
+
+    def stream(self, request: Request) -> Iterator[TokenOutput]:
+        """Tokens of one request; see `Engine.stream`."""
+        number, box = self._enter(replace(request, stream=True))
+        return self._streamed(number, box, request.num_samples)
+
+    def astream(self, request: Request) -> AsyncIterator[TokenOutput]:
+        """Tokens of one request for asyncio; see `Engine.astream`."""
+        number, box = self._enter(replace(request, stream=True))
+        return self._astreamed(number, box, request.num_samples)
+
+    def _enter(self, request: Request) -> tuple[int, Box]:
+        number = self._engine.add(request)
+        self._boxes[number] = deque()
+        return number, self._boxes[number]
+
+    def _leave(self, number: int) -> None:
+        del self._boxes[number]
+        self._engine.cancel(number)
+
+    def _add_some(
+        self, more: Iterator[Request], answers: dict[int, list[Completion]], left: dict[int, int]
+    ) -> bool:
+        """Add requests while few wait; whether one was added."""
+        added = False
+        while self._engine.num_waiting < _AHEAD:
+            request = next(more, None)
+            if request is None:
+                return added
+            number, _ = self._enter(request)
+            answers[number], left[number] = [], request.num_samples
+            added = True
+        return added
+
+    def _empty(self, number: int, answers: list[Completion], left: dict[int, int]) -> None:
+        box = self._boxes[number]
+        while box:
+            output = box.popleft()
+            if isinstance(output, Completion):
+                answers.append(output)
+                left[number] -= 1
+        if not left[number]:
+            del left[number], self._boxes[number]
+
+    def _streamed(self, number: int, box: Box, left: int) -> Iterator[TokenOutput]:
+        try:
+            while left:
+                while not box:
+                    self._engine.step()
+                output = box.popleft()
+                if isinstance(output, TokenOutput):
+                    left -= output.finish_reason is not None
+                    yield output
+        finally:
+            self._leave(number)
+
+    async def _astreamed(self, number: int, box: Box, left: int) -> AsyncIterator[TokenOutput]:
+        try:
+            while left:
+                while not box:
+                    await self._step_in_thread(box)
+                output = box.popleft()
+                if isinstance(output, TokenOutput):
+                    left -= output.finish_reason is not None
+                    yield output
+        finally:
+            self._leave(number)
+
+    async def _step_in_thread(self, box: Box) -> None:
+        """Wait for the step being computed, or begin one; all who wait share it."""
+        if self._stepping is None or self._stepping.done():
+            self._stepping = asyncio.ensure_future(asyncio.to_thread(self._engine.step))
+        try:
+            await asyncio.shield(self._stepping)
+        except LogitsError:
+            await asyncio.to_thread(self._engine.step)  # reports whose answers were given up
+            if any(isinstance(o, TokenOutput) and o.finish_reason == "cancelled" for o in box):
+                raise
