@@ -53,7 +53,8 @@ class Boxes:
 
     def deliver(self, result: StepResult) -> None:
         """Put what a step brought into the boxes of those who wait for it."""
-        for output in (*result.tokens, *result.completions):
+        outputs: list[TokenOutput | Completion] = [*result.tokens, *result.completions]
+        for output in outputs:
             box = self._boxes.get(output.request_id)
             if box is not None:
                 box.append(output)

@@ -8,6 +8,7 @@ that adds nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -37,12 +38,9 @@ class KeyValueStore:
         self.page_tokens = page_tokens
         shape = (num_kv_heads, num_pages * page_tokens, head_dim)
 
-        def empty() -> Tensor:
-            # What was never written is masked, but 0 times a NaN would still be one.
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.keys = [empty() for _ in range(num_layers)]
-        self.values = [empty() for _ in range(num_layers)]
+        # Zeros, because what was never written is masked, but 0 times a NaN would still be one.
+        self.keys = [_untouched_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.values = [_untouched_zeros(shape, dtype, device) for _ in range(num_layers)]
 
     def copy(self, pages: Sequence[tuple[int, int]]) -> None:
         """Copy pages, all (from, to) at once."""
@@ -181,6 +179,16 @@ class PagedAttention:
             return states[:, block.first_slot : block.first_slot + block.num_keys]
         paged = states.view(num_kv, -1, self.store.page_tokens * dim)
         return paged.index_select(1, block.pages).view(-1, block.num_keys, dim)
+
+
+def _untouched_zeros(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "kv slots dim"]:
+    """Zeros; on a CPU memory that is taken only where it is written, unlike torch's own."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def _attend_block(

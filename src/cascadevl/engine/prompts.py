@@ -143,8 +143,10 @@ def _of_parts(
             ids += part.ids
             continue
         ids.append(config.image_token_id)
-        is_encoded = isinstance(part, ImageFeatures)
-        pictures.append(_encoded(part, config) if is_encoded else _cut(part.tiles, config))
+        if isinstance(part, ImageFeatures):
+            pictures.append(_encoded(part, config))
+        else:
+            pictures.append(_cut(part.tiles, config))
     if not ids:
         raise RequestError("the prompt has no tokens; an answer needs at least one before it")
     return np.asarray(ids, dtype=np.int64), pictures, None
