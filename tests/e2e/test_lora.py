@@ -121,6 +121,10 @@ def test_from_training_to_a_merged_model(lab: Path, capsys: pytest.CaptureFixtur
     assert main(["convert", str(run / "adapter"), str(lab / "github"), "--to", "github"]) == 2
     assert f"cascadevl merge {run / 'adapter'} --out DIR" in capsys.readouterr().err
 
+    check = ["data", "check", str(lab / "meta.json"), "--model", str(run / "adapter")]
+    assert main(check) == 2
+    assert f"of its base, {lab / 'base'}" in capsys.readouterr().err
+
     # Merged later, even after the base has moved.
     shutil.copytree(lab / "base", lab / "elsewhere")
     merge = ["merge", str(run / "adapter"), "--base", str(lab / "elsewhere")]

@@ -8,12 +8,15 @@ from typing import Literal
 import pytest
 import torch
 from tests.model.bodies import BODIES, body_model
+from tests.train.test_lora import moved
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascadevl.engine.packed_weights import PackedLinear, PackedModel, can_pack, pack
 from cascadevl.errors import CheckpointError, ConfigError
+from cascadevl.model.adapters import merged_tensors
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration as Model
+from cascadevl.train.lora import LoraConfig, add_adapters
 
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 Precision = Literal["packed", "int8"]
@@ -215,6 +218,20 @@ def test_bytes_of_int8_are_half_of_bfloat16():
 
 
 # What is refused.
+
+
+@pytest.mark.parametrize("body", ["qwen3", "qwen3_moe"])
+def test_adapters_reach_a_packed_copy_of_their_base(body: str):
+    model = body_model(body)
+    packed = pack(model, "packed")
+    add_adapters(model, LoraConfig(parts=("vision", "language")), seed=0)
+    assert_same(packed, model.eval())
+    moved(model)
+    assert distance(logits(packed.model), logits(model)) > 0.01
+    packed.refresh(merged_tensors(model))
+    assert_same(packed, model)
+    with pytest.raises(ConfigError, match="has adapters; pack it before"):
+        pack(model, "packed")
 
 
 def test_a_state_that_does_not_fit_changes_nothing():

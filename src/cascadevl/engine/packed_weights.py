@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cascadevl.engine.int8_linear import Int8Linear, refuse_gradient
 from cascadevl.errors import CheckpointError, ConfigError
+from cascadevl.model.adapters import has_adapters
 from cascadevl.model.checkpoint import HEAD
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 
@@ -244,6 +245,11 @@ def _linears(model: CascadeVLForConditionalGeneration) -> Iterator[tuple[str, nn
 def _obstacle(model: CascadeVLForConditionalGeneration) -> str | None:
     """Why this model cannot be packed here."""
     weight = model.lm_head.weight
+    if has_adapters(model):
+        return (
+            "the model has adapters; pack it before they are put in, and refresh it with "
+            "cascadevl.model.adapters.merged_tensors"
+        )
     if weight.device.type != "cpu":
         return f"packed layers run on a CPU, and the model is on {weight.device}"
     if weight.dtype not in (torch.bfloat16, torch.float32):

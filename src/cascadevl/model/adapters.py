@@ -122,6 +122,16 @@ def merged_reader(model: nn.Module) -> Callable[[str], Tensor]:
     return read
 
 
+def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that need no adapters any more, by their plain names, all at once.
+
+    What is not adapted is the model's own tensor, not a copy of it. With these an engine's copy
+    of the base is brought up to date (`cascadevl.engine.packed_weights.PackedModel.refresh`).
+    """
+    read = merged_reader(model)
+    return {name: read(name) for name in base_tensors(model)}
+
+
 def fingerprint(model: nn.Module) -> str:
     """A short word that tells base models apart, whatever their precision and their adapters.
 

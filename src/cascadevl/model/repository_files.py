@@ -14,6 +14,8 @@ from transformers import GenerationConfig
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.tiling import IMAGENET_MEAN, IMAGENET_STD
+from cascadevl.errors import CheckpointError
+from cascadevl.model.adapter_files import base_of, is_adapter_folder
 from cascadevl.model.config_files import Json, read_json, write_json
 from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.model.tokenizer_files import TOKENIZER_FILES, load_tokenizer
@@ -25,9 +27,15 @@ def load_processor(path: Path) -> CascadeVLProcessor:
     """The processor of a checkpoint folder of any layout.
 
     Raises:
-        CheckpointError: If tokenizer or settings are missing or cannot be used.
+        CheckpointError: If tokenizer or settings are missing or cannot be used, or it is the folder
+            of an adapter.
         ConfigError: If the conversation template is not known.
     """
+    if is_adapter_folder(path):
+        raise CheckpointError(
+            f"{path} is an adapter; tokenizer and settings are those of its base, {base_of(path)}: "
+            "name that one here"
+        )
     return CascadeVLProcessor.from_pretrained(
         path, tokenizer=load_tokenizer(path), local_files_only=True
     )

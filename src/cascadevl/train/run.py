@@ -29,7 +29,7 @@ from cascadevl.errors import ConfigError, TrainingError
 from cascadevl.model.adapter_files import is_adapter_folder, save_adapter
 from cascadevl.model.adapters import fingerprint, has_adapters
 from cascadevl.model.drop_path import DropPath
-from cascadevl.model.loading import load, save
+from cascadevl.model.loading import find, load, save
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.presets import initialise, micro_config, nano_config
 from cascadevl.train import checkpoint
@@ -139,7 +139,7 @@ def start_from(config: ModelConfig) -> tuple[CascadeVLForConditionalGeneration, 
         CheckpointError: If it cannot be opened.
     """
     assert config.path is not None, "the recipe checked it"
-    if is_adapter_folder(Path(config.path)):
+    if is_adapter_folder(find(config.path)):
         raise ConfigError(
             f"model.path is {config.path!r}, an adapter; training starts from a model: merge it "
             f"first (cascadevl merge {config.path} --out DIR), or name the merged model beside it"
