@@ -71,6 +71,7 @@ class CascadeVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         chat_template: Jinja template by which plain transformers writes the same prompts.
         image_token: What stands for a picture in rendered text: ``<IMG_CONTEXT>``.
         image_token_id: Its id, also that of every visual token.
+        hidden_ids: Special tokens that answers are written without.
     """
 
     def __init__(
@@ -119,11 +120,11 @@ class CascadeVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         super().__init__(  # type: ignore[no-untyped-call]
             tokenizer, chat_template=jinja_template(self.template, system)
         )
-        self._hidden_ids = {
+        self.hidden_ids = frozenset(
             number
             for number, token in tokenizer.added_tokens_decoder.items()
             if token.special and token.content not in CONTENT_TOKENS
-        }
+        )
 
     def __repr__(self) -> str:
         """Show the settings."""
@@ -331,7 +332,7 @@ class CascadeVLProcessor(ProcessorMixin):  # type: ignore[misc]  # transformers 
         ids = np.atleast_1d(np.asarray(token_ids, dtype=np.int64)).tolist()
         has_channels = self.template.reasoning is not None
         if skip_special_tokens and not has_channels:
-            ids = [number for number in ids if number not in self._hidden_ids]
+            ids = [number for number in ids if number not in self.hidden_ids]
         text = str(self.tokenizer.decode(ids, skip_special_tokens=False, **options))
         if skip_special_tokens and has_channels:
             return self.builder.control.sub("", self.template.read_answer(text))
