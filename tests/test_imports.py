@@ -21,6 +21,7 @@ EXTRAS = {
     "vega_datasets",
     "pandas",
     "sentencepiece",
+    "llguidance",
     "fastapi",
     "uvicorn",
     "zmq",

@@ -29,8 +29,12 @@ REFUSED = [
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9; .* max_tokens, which is 8"),
     ({"stop": ("end", "")}, r"a stop string is empty.*leave it out of \['end', ''\]"),
     ({"stop_token_ids": (3, -2)}, "stop_token_ids holds -2"),
-    ({"json_schema": "{}", "min_tokens": 2}, "min_tokens 2 and ignore_eos False"),
-    ({"json_schema": "{}", "ignore_eos": True}, "min_tokens 0 and ignore_eos True"),
+    ({"json_schema": "{}", "min_tokens": 2}, "together with min_tokens, .* leave it out"),
+    ({"json_schema": "{}", "ignore_eos": True}, "together with ignore_eos, "),
+    (
+        {"json_schema": "{}", "stop": ("a",), "stop_token_ids": (3,)},
+        "together with stop, stop_token_ids, .* leave them out",
+    ),
 ]
 
 

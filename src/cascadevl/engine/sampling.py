@@ -106,10 +106,12 @@ class SamplingParams:
             raise RequestError(
                 f"stop_token_ids holds {min(self.stop_token_ids)}; ids of tokens are 0 or more"
             )
-        if self.json_schema is not None and (self.min_tokens or self.ignore_eos):
+        others = ("min_tokens", "ignore_eos", "stop", "stop_token_ids")
+        clash = [name for name in others if getattr(self, name)]
+        if self.json_schema is not None and clash:
             raise RequestError(
-                f"json_schema is given with min_tokens {self.min_tokens} and ignore_eos "
-                f"{self.ignore_eos}, but an answer ends where its JSON does; leave both out"
+                f"json_schema is given together with {', '.join(clash)}, but an answer in JSON "
+                f"ends where its JSON does; leave {'them' if len(clash) > 1 else 'it'} out"
             )
 
 
