@@ -1,4 +1,4 @@
-"""``cascadevl chat MODEL``: ask a model about pictures, in the terminal."""
+"""``cascadevl chat [MODEL]``: ask a model about pictures, in the terminal."""
 
 from __future__ import annotations
 
@@ -71,7 +71,14 @@ def add_parser(subparsers: Subparsers) -> None:
         help="ask a model about pictures",
         description=f"Talk with a model. In the conversation: {HELP}.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, or a released name")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="micro",
+        metavar="MODEL",
+        help="a checkpoint folder, a released name, or micro, which comes with the package "
+        "(default: micro)",
+    )
     parser.add_argument(
         "--image",
         type=Path,
@@ -110,11 +117,12 @@ def run(args: argparse.Namespace) -> int:
 
     import cascadevl
     from cascadevl.model import generation
+    from cascadevl.model.loading import find
     from cascadevl.model.sampling import Sampling
 
-    console, device = Console(), usable_device(args.device)
+    console, device, folder = Console(), usable_device(args.device), find(args.model)
     with Console(stderr=True).status(f"loading {args.model}"):
-        model, processor = cascadevl.load(args.model, device=device)
+        model, processor = cascadevl.load(folder, device=device)
     session = generation.Session(
         model=model,
         processor=processor,
@@ -128,10 +136,24 @@ def run(args: argparse.Namespace) -> int:
         chat.notes = Console(stderr=True)  # what goes into a pipe is the answer alone
         chat.ask(args.question)
         return 0
-    console.print(HELP, style="dim", highlight=False)
+    console.print(introduction(folder), style="dim", highlight=False, markup=False)
     chat.show_images()
     chat.talk(line_reader())
     return 0
+
+
+def introduction(folder: Path) -> str:
+    """What is said before the first question: whom one talks with, and what can be typed.
+
+    Args:
+        folder: Of the checkpoint.
+    """
+    from cascadevl.model.shipped import edition
+
+    number = edition(folder)
+    if number is None:
+        return HELP
+    return f"{folder.name}, edition {number}; what it can do: {folder / 'README.md'}\n{HELP}"
 
 
 def usable_device(name: str) -> torch.device:

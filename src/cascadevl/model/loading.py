@@ -33,6 +33,7 @@ from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.model.conversion import write_checkpoint
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.repository_files import adopt_settings, generation_config, load_processor
+from cascadevl.model.shipped import SHIPPED, shipped_folder
 from cascadevl.model.tensor_files import MAX_SHARD_BYTES, new_folder
 from cascadevl.model.zoo import ZOO
 
@@ -51,7 +52,8 @@ def load(
 
     Args:
         name_or_path: A folder; or the name of a repository that was downloaded before, for
-            example ``"OpenGVLab/InternVL3_5-1B"``; or a name of `cascadevl.model.zoo.ZOO`.
+            example ``"OpenGVLab/InternVL3_5-1B"``; or a name of `cascadevl.model.zoo.ZOO`; or
+            ``"micro"``, the small model that comes with the package.
         base: Of an adapter: its base model, if that is no longer where it was in training.
         dtype: Type of the weights; ``"auto"`` keeps what the files hold.
         device: Where the weights go.
@@ -80,9 +82,9 @@ def load(
 
 
 def find(name_or_path: str | Path, *, weights: bool = True) -> Path:
-    """The folder of a checkpoint, in the file system or in the local Hugging Face cache.
+    """The folder of a checkpoint: in the file system, the package or the Hugging Face cache.
 
-    Nothing is downloaded.
+    A folder of that name goes first. Nothing is downloaded.
 
     Args:
         name_or_path: As for `load`.
@@ -95,6 +97,8 @@ def find(name_or_path: str | Path, *, weights: bool = True) -> Path:
     if path.is_dir():
         return path
     name = str(name_or_path)
+    if name in SHIPPED:
+        return shipped_folder(name)
     released = {known.lower(): model.hub_id for known, model in ZOO.items()}
     repository = released.get(name.lower(), name)
     try:
