@@ -134,3 +134,16 @@ def test_held_out_scans_are_drawn_for_test() -> None:
 def test_a_row_of_four_fits() -> None:
     task = Handwriting(difficulty="four", px=112)
     assert any(len(task.draw("train", 0, i).description.split("digits")[1]) > 8 for i in range(20))
+
+
+def test_placed_scans_are_those_of_the_drawn_scene() -> None:
+    task = Handwriting(difficulty="add", num_questions=4)
+    for index in range(5):
+        scene, placed = task.draw_placed("test", 2, index)
+        same = task.draw("test", 2, index)
+        assert scene.scene_id == same.scene_id
+        assert scene.image is not None
+        assert same.image is not None
+        assert (np.asarray(scene.image) == np.asarray(same.image)).all()
+        answers = {question.kind: question.answer for question in same.questions}
+        assert "".join(str(each.digit) for each in placed) == answers["upper"] + answers["lower"]

@@ -158,6 +158,11 @@ class Handwriting:
 
     def draw(self, split: Split, seed: int, index: int) -> Scene:
         """Draw one picture with its questions."""
+        scene, _ = self.draw_placed(split, seed, index)
+        return scene
+
+    def draw_placed(self, split: Split, seed: int, index: int) -> tuple[Scene, list[PlacedDigit]]:
+        """The same, and which scans stand where: number by number, from left to right."""
         generator = scene_generator(f"{self.name}/{self.difficulty}", split, seed, index)
         level = LEVELS[self.difficulty]
         rows = [draw_number(generator, level.num_digits) for _ in range(level.num_rows)]
@@ -165,13 +170,14 @@ class Handwriting:
             ask(generator, kind, rows, self.num_phrasings)
             for kind in pick_kinds(generator, level.kinds, self.num_questions)
         ]
-        image, _ = render_rows(generator, rows, level, load_scans(split), self.px)
-        return Scene(
+        image, placed = render_rows(generator, rows, level, load_scans(split), self.px)
+        scene = Scene(
             scene_id=f"{self.name}/{self.difficulty}/{self.px}px/{split}/{seed}:{index}",
             images=(image,),
             questions=tuple(questions),
             description=describe(rows),
         )
+        return scene, placed
 
 
 def draw_number(generator: np.random.Generator, num_digits: tuple[int, int]) -> str:
