@@ -11,19 +11,22 @@ import pytest
 from tests.eval.page import Page
 from tests.eval.small_suite import NUM, SEED, Scripted, reference, suite, wrong
 
+from cascadevl.eval.box_drawing import with_boxes
 from cascadevl.eval.report import (
     Curve,
     Plot,
     Report,
     StageScores,
+    change,
     draw,
     percent,
     smoothed,
     write_report,
 )
 from cascadevl.eval.runner import run_suite
-from cascadevl.eval.suite import Asked
+from cascadevl.eval.suite import Asked, SuiteRow
 from cascadevl.scoring.metrics import Estimate
+from cascadevl.tasks.grounding import Grounding
 
 MARKUP = '<b>12</b> & "a" <script>alert(1)</script>'
 
@@ -203,3 +206,50 @@ def test_stages_of_other_rows_are_refused(stages: list[StageScores], tmp_path: P
 def test_a_report_needs_a_stage(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one stage"):
         rendered([], tmp_path)
+
+
+def test_a_change_has_a_direction_where_intervals_do_not_meet() -> None:
+    low = Estimate(value=0.2, low=0.1, high=0.3, num=50)
+    middle = Estimate(value=0.35, low=0.25, high=0.45, num=50)
+    high = Estimate(value=0.62, low=0.5, high=0.7, num=50)
+    assert change(low, high) == ("+42.0", "up")
+    assert change(high, low) == ("-42.0", "down")
+    assert change(low, middle) == ("+15.0", "open")
+    assert change(low, low) == ("+0.0", "open")
+
+
+def test_comparing_shows_what_changed_and_what_the_first_said(
+    stages: list[StageScores], tmp_path: Path
+) -> None:
+    head, *rows = rendered(stages, tmp_path, compare=True).rows
+    assert head[-1] == "change, in points"
+    for number, row in enumerate(rows):
+        ends = [stage.scores[number].estimate for stage in (stages[0], stages[-1])]
+        assert row[-1] == change(*ends)[0]
+    page = rendered(stages, tmp_path, compare=True, num_pictures=2)
+    told = [text for text in page.of("div", "truth") if text.startswith("untrained: ✗ ")]
+    assert told == ["untrained: ✗ I cannot see that."] * 2 * len(suite())
+    same = rendered([stages[0], stages[0]], tmp_path, compare=True, num_pictures=2)
+    assert not [text for text in same.of("div", "truth") if text.startswith("untrained")]
+
+
+def test_scores_can_be_left_out(stages: list[StageScores], tmp_path: Path) -> None:
+    page = rendered(stages, tmp_path, show_scores=False)
+    assert page.rows == []
+    assert page.of("b", "good")
+
+
+def test_boxes_are_drawn_on_the_pictures(tmp_path: Path) -> None:
+    row = SuiteRow(name="boxes", task=Grounding(num_questions=1), num_questions=3)
+    wrong_box = "<box>[[0, 0, 40, 40]]</box>"
+    scores = run_suite(Scripted(lambda _: wrong_box, [row]), [row], seed=SEED)
+    page = rendered([StageScores(name="s", scores=scores)], tmp_path, num_pictures=3)
+    for (_, shown), answered in zip(page.images, scores[0].answered, strict=True):
+        image = answered.asked.scene.image
+        assert image is not None
+        large = image.resize((224, 224), PIL.Image.Resampling.BICUBIC)
+        truth = answered.asked.question.answer
+        assert (
+            np.asarray(shown) == np.asarray(with_boxes(large, given=wrong_box, truth=truth))
+        ).all()
+    assert page.of("span", "given") == ["▭"]

@@ -109,6 +109,17 @@ def test_the_most_frequent_answer_scores_as_answers_are_checked() -> None:
     assert (baseline.answer, baseline.share) == ("3", 0.75)
 
 
+def test_of_equally_frequent_boxes_the_best_is_taken() -> None:
+    boxes = (
+        "[[0, 0, 90, 90]]",
+        "[[500, 500, 600, 600]]",
+        "[[510, 510, 600, 600]]",
+        "[[1, 2, 3, 4]]",
+    )
+    baseline = most_frequent(asked(*boxes, metric="box"))
+    assert (baseline.answer, baseline.share) == (boxes[1], 0.5)
+
+
 def test_no_constant_answer_does_better_than_the_baseline() -> None:
     for row in suite():
         drawn = draw_row(row, split="test", seed=SEED)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 import jinja2
 import numpy as np
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cascadevl.eval.box_drawing import with_boxes
 from cascadevl.eval.runner import Answered, Score
 from cascadevl.scoring.metrics import Estimate
 
@@ -91,6 +93,9 @@ class Report:
         facts: Names and values about the run.
         commands: What a reader can type next.
         num_pictures: Pictures shown of each row.
+        show_scores: Whether scores stand in a table; few answers say little about shares.
+        compare: Whether the last stage is compared with the first: what changed stands in the
+            table, and what the first said stands on every card.
     """
 
     title: str
@@ -100,6 +105,8 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)
     commands: str = ""
     num_pictures: int = 5
+    show_scores: bool = True
+    compare: bool = False
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -116,11 +123,13 @@ def write_report(report: Report, path: Path) -> None:
             raise ValueError(f"stage {stage.name!r} scores other rows than {rows}")
     source = files("cascadevl").joinpath("assets/report.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    last = report.stages[-1].scores
+    first, last = report.stages[0].scores, report.stages[-1].scores
     page = environment.from_string(source).render(
         title=report.title,
         lead=report.lead,
         stages=report.stages,
+        show_scores=report.show_scores,
+        compare=report.compare,
         rows=[_table_row(number, report.stages) for number in range(len(rows))],
         plots=[
             {"title": plot.title, "note": plot.note, "png": _encoded(draw(plot))}
@@ -129,9 +138,15 @@ def write_report(report: Report, path: Path) -> None:
         galleries=[
             {
                 "title": f"Answers: {score.row}",
-                "cards": [_card(each) for each in _shown(score, report.num_pictures)],
+                "has_boxes": any(each.asked.question.metric == "box" for each in score.answered),
+                "cards": [
+                    _card(
+                        score.answered[place], earlier.answered[place] if report.compare else None
+                    )
+                    for place in _shown(score, report.num_pictures)
+                ],
             }
-            for score in last
+            for earlier, score in zip(first, last, strict=True)
         ],
         facts=list(report.facts.items()),
         commands=report.commands,
@@ -143,6 +158,14 @@ def write_report(report: Report, path: Path) -> None:
 def percent(estimate: Estimate) -> tuple[str, str]:
     """A share and its interval as percent, for people."""
     return f"{100 * estimate.value:.1f}", f"{100 * estimate.low:.0f} to {100 * estimate.high:.0f}"
+
+
+def change(before: Estimate, after: Estimate) -> tuple[str, Literal["up", "down", "open"]]:
+    """How much a share changed, in points, and which way if the two intervals do not meet."""
+    points = f"{100 * (after.value - before.value):+.1f}"
+    if after.low > before.high:
+        return points, "up"
+    return points, "down" if after.high < before.low else "open"
 
 
 def draw(plot: Plot) -> bytes:
@@ -188,42 +211,55 @@ def _table_row(number: int, stages: Sequence[StageScores]) -> dict[str, object]:
         value, interval = percent(score.estimate)
         cells.append({"value": value, "interval": interval})
     baseline = scores[0].baseline
+    points, verdict = change(scores[0].estimate, scores[-1].estimate)
     return {
         "name": scores[0].row,
         "num": scores[0].estimate.num,
         "baseline": f"{100 * baseline.share:.1f}",
         "baseline_answer": baseline.answer,
         "cells": cells,
+        "change": points,
+        "verdict": verdict,
     }
 
 
-def _shown(score: Score, count: int) -> list[Answered]:
+def _shown(score: Score, count: int) -> list[int]:
     """The first answers, and at least one mistake where there is one: no hand-picked pictures."""
-    shown = list(score.answered[:count])
-    mistake = next((each for each in score.answered if not each.right), None)
-    if mistake is not None and shown and all(each.right for each in shown):
-        shown[-1] = mistake
+    right = [each.right for each in score.answered]
+    shown = list(range(min(count, len(right))))
+    if shown and all(right[place] for place in shown) and not all(right):
+        shown[-1] = right.index(False)
     return shown
 
 
-def _card(answered: Answered) -> dict[str, object]:
+def _card(answered: Answered, earlier: Answered | None) -> dict[str, object]:
     question = answered.asked.question
-    image = answered.asked.scene.image
     return {
-        "png": None if image is None else _encoded(_embedded(image)),
+        "png": _picture(answered),
         "question": question.prompt,
         "response": answered.response,
         "right": answered.right,
         "truth": question.answer,
+        "earlier": earlier and {"response": earlier.response, "right": earlier.right},
     }
 
 
-def _embedded(image: PIL.Image.Image) -> bytes:
-    """A picture at the width it is shown at, as a PNG."""
-    height = max(1, round(image.height * PICTURE_PX / image.width))
+def _picture(answered: Answered) -> str | None:
+    """A picture as it is shown: with its boxes, where it was asked for boxes."""
+    image, question = answered.asked.scene.image, answered.asked.question
+    if image is None:
+        return None
+    shown = _enlarged(image)
+    if question.metric == "box":
+        shown = with_boxes(shown, given=answered.response, truth=question.answer)
     buffer = io.BytesIO()
-    image.resize((PICTURE_PX, height), PIL.Image.Resampling.BICUBIC).save(buffer, format="png")
-    return buffer.getvalue()
+    shown.save(buffer, format="png")
+    return _encoded(buffer.getvalue())
+
+
+def _enlarged(image: PIL.Image.Image) -> PIL.Image.Image:
+    height = max(1, round(image.height * PICTURE_PX / image.width))
+    return image.resize((PICTURE_PX, height), PIL.Image.Resampling.BICUBIC)
 
 
 def _encoded(png: bytes) -> str:

@@ -100,6 +100,10 @@ class Baseline:
     share: float
 
 
+_TIED = 50
+"""Of answers that are equally frequent, so many are tried."""
+
+
 def most_frequent(asked: Sequence[Asked]) -> Baseline:
     """The best constant answer to some questions.
 
@@ -108,8 +112,13 @@ def most_frequent(asked: Sequence[Asked]) -> Baseline:
     """
     if not asked:
         raise ValueError("there is no most frequent answer to no questions")
-    counts = Counter(each.question.answer for each in asked)
-    answer = counts.most_common(1)[0][0]
-    # Counted as answers are checked: "3.0" may also be right where "3" is the reference.
-    right = sum(each.question.check(answer) for each in asked)
-    return Baseline(answer=answer, share=right / len(asked))
+    counts = Counter(each.question.answer for each in asked).most_common(_TIED)
+    # Counted as answers are checked: "3.0" may also be right where "3" is the reference, and of
+    # boxes hardly two are equal, while one that many others overlap with is right for all those.
+    right = {
+        answer: sum(each.question.check(answer) for each in asked)
+        for answer, count in counts
+        if count == counts[0][1]
+    }
+    answer = max(right, key=right.__getitem__)
+    return Baseline(answer=answer, share=right[answer] / len(asked))

@@ -1,4 +1,4 @@
-"""What the demo shows of itself: the table in the terminal, the page, commands to try next."""
+"""What demos show of themselves: the table in the terminal, plots, commands to try next."""
 
 from __future__ import annotations
 
@@ -12,43 +12,59 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
-from cascadevl.eval.report import Curve, Plot, Report, StageScores, percent
+from cascadevl.eval.report import Curve, Plot, StageScores, change, percent
 from cascadevl.version import __version__
 
+_STYLES = {"up": "bold green", "down": "bold red", "open": ""}
 
-def score_table(stages: Sequence[StageScores]) -> Table:
-    """Scores of all stages so far, narrow enough for a terminal of 80 columns."""
+
+def score_table(stages: Sequence[StageScores], *, compare: bool = False) -> Table:
+    """Scores of all stages so far, narrow enough for a terminal of 80 columns.
+
+    Args:
+        stages: The scores.
+        compare: Add what changed from the first stage to the last, in points; bold where the two
+            intervals do not meet.
+    """
     table = Table(title="percent right (95 % interval)", title_justify="left")
     table.add_column("question")
     table.add_column("most\nfrequent", justify="right")
     for stage in stages:
         table.add_column(stage.name, justify="right")
+    if compare:
+        table.add_column("change", justify="right")
     for number, first in enumerate(stages[0].scores):
         shares = [percent(stage.scores[number].estimate) for stage in stages]
-        cells = [f"{value} ({interval.replace(' to ', '-')})" for value, interval in shares]
+        cells: list[str | Text] = [
+            f"{value} ({interval.replace(' to ', '-')})" for value, interval in shares
+        ]
+        if compare:
+            points, verdict = change(first.estimate, stages[-1].scores[number].estimate)
+            cells.append(
+                Text(points, style={"up": "bold green", "down": "bold red"}.get(verdict, ""))
+            )
         table.add_row(first.label, f"{100 * first.baseline.share:.1f}", *cells)
     return table
 
 
-def build_report(
-    stages: Sequence[StageScores],
+def course_plots(
     curves: Mapping[str, Sequence[tuple[int, float]]],
     losses: Sequence[tuple[int, float]],
     *,
-    marks: Sequence[int],
-    facts: Mapping[str, str],
-    commands: str,
-) -> Report:
-    """The page.
+    curve_note: str,
+    loss_note: str,
+    marks: Sequence[int] = (),
+) -> list[Plot]:
+    """What happened while a model learned: the small examinations, and the loss.
 
     Args:
-        stages: Scores before and after each stage.
         curves: Of every row, step and share of right answers.
         losses: Step and loss.
+        curve_note: A sentence below the first.
+        loss_note: A sentence below the second.
         marks: Steps at which a stage ends and another begins.
-        facts: Names and values about the run.
-        commands: What a reader can type next.
     """
     rows = [
         Curve(
@@ -61,35 +77,25 @@ def build_report(
     loss = Curve(
         name="loss", steps=[step for step, _ in losses], values=[value for _, value in losses]
     )
-    return Report(
-        title="From a picture to a trained answer",
-        lead="A model of the InternVL architecture, trained from random weights on handwriting, "
-        "shapes and easy-VQA through pre-training and SFT, and asked about pictures it never saw.",
-        stages=stages,
-        plots=[
-            Plot(
-                title="Learning curves",
-                curves=rows,
-                y_label="percent right",
-                marks=marks,
-                y_range=(-2.0, 102.0),
-                note="A small examination a point, with other held-out questions than in the "
-                "table; the dashed line is where pre-training ends and SFT begins.",
-            ),
-            Plot(
-                title="Loss",
-                curves=[loss],
-                y_label="square-averaged loss",
-                marks=marks,
-                smooth=9,
-                log_scale=True,
-                note="Pre-training also predicts descriptions, so the two stages' losses are not "
-                "of the same text.",
-            ),
-        ],
-        facts=facts,
-        commands=commands,
-    )
+    return [
+        Plot(
+            title="Learning curves",
+            curves=rows,
+            y_label="percent right",
+            marks=marks,
+            y_range=(-2.0, 102.0),
+            note=curve_note,
+        ),
+        Plot(
+            title="Loss",
+            curves=[loss],
+            y_label="square-averaged loss",
+            marks=marks,
+            smooth=9,
+            log_scale=True,
+            note=loss_note,
+        ),
+    ]
 
 
 def save_pictures(stage: StageScores, folder: Path) -> list[tuple[Path, str]]:
