@@ -47,6 +47,11 @@ def test_an_incomplete_package_is_told(assets: Path) -> None:
         cascadevl.load("micro")
 
 
+def test_it_can_be_converted_by_its_name(assets: Path) -> None:
+    assert main(["convert", "micro", "hf", "--to", "hf"]) == 0
+    assert cascadevl.load("hf")[0].config.text_config.hidden_size == make_checkpoints.WIDTH
+
+
 @pytest.mark.parametrize(
     ("card", "number"),
     [

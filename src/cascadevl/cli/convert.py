@@ -22,7 +22,9 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Rewrite a checkpoint in another layout, shard by shard, without building "
         "the model. There and back again gives the same bytes in every tensor.",
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="folder of the checkpoint")
+    parser.add_argument(
+        "source", metavar="SRC", help="a checkpoint folder, a released name, or micro"
+    )
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write")
     form = parser.add_mutually_exclusive_group(required=True)
     form.add_argument(
@@ -48,14 +50,17 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say where the result is."""
+    from cascadevl.model.loading import find
+
+    source = find(args.source)
     if args.language_only:
         from cascadevl.model.language_export import export_language
 
-        export_language(args.source, args.target, max_shard_bytes=args.max_shard_bytes)
+        export_language(source, args.target, max_shard_bytes=args.max_shard_bytes)
         print(f"wrote the language half to {args.target}")
         return 0
     from cascadevl.model.conversion import convert
 
-    convert(args.source, args.target, layout=LAYOUTS[args.to], max_shard_bytes=args.max_shard_bytes)
+    convert(source, args.target, layout=LAYOUTS[args.to], max_shard_bytes=args.max_shard_bytes)
     print(f"wrote {args.target} in the {args.to} layout")
     return 0
