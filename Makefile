@@ -2,11 +2,10 @@
 # `make PYTHON=/path/to/python3.12 setup` chooses the Python; otherwise the first one that fits.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slow bench demo nano docs clean
+.PHONY: help setup check test test-slow bench demo nano micro docs clean
 
 BIN := .venv/bin
 STAMP := .venv/.setup-stamp
-OUT ?= runs/demo
 # Two workers with one thread each: more threads than cores make torch wait for itself.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
@@ -56,10 +55,14 @@ test-slow: $(STAMP) ## the slow tests
 bench: $(STAMP) ## every benchmark, one after the other; wants a quiet machine
 	@set -eu; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
-demo: $(STAMP) ## train the nano model from scratch and write runs/demo/report.html (OUT=folder)
-	$(BIN)/cascadevl demo --out $(OUT)
+demo: $(STAMP) ## micro answers, then learns boxes; writes runs/demo/report.html (OUT=folder)
+	$(BIN)/cascadevl demo --out $(or $(OUT),runs/demo)
 
-nano: demo ## the same as demo
+nano: $(STAMP) ## train the nano model from scratch; writes runs/nano/report.html (OUT=folder)
+	$(BIN)/cascadevl nano --out $(or $(OUT),runs/nano)
+
+micro: $(STAMP) ## train the shipped model from scratch, in hours; goes on where it stopped (OUT=folder)
+	$(BIN)/cascadevl micro --out $(or $(OUT),runs/micro)
 
 docs: $(STAMP) ## check that links, the paper map and the commands of the documents hold
 	$(BIN)/pytest -q tests/test_docs.py tests/test_paper_map.py

@@ -42,7 +42,7 @@ def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def pretrained(out: Path, num_steps: int) -> Path:
-    """Nano after the first stage of the demo: it describes single pictures."""
+    """Nano after the first stage of `make nano`: it describes single pictures."""
     if (done := out / "pretrain" / "model").exists():
         return done
     config = nano.stage_config("pretrain", out / "pretrain", num_steps=num_steps, model=None)
@@ -51,7 +51,7 @@ def pretrained(out: Path, num_steps: int) -> Path:
 
 
 def fine_tuned(out: Path, num_steps: int) -> Path:
-    """Nano after both stages of the demo, each of so many steps: it answers about pictures."""
+    """Nano after both stages of `make nano`, each of so many steps: it answers about pictures."""
     if (done := out / "sft" / "model").exists():
         return done
     model = pretrained(out, num_steps)

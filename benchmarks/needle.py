@@ -1,6 +1,6 @@
 """Long context with V2PE: find a handwritten number among 1 to 8 times the trained pictures.
 
-A nano model that can read (the demo's two stages, shortened, each picture alone, increment 1) goes
+A nano model that can read (nano's two stages, shortened, each picture alone, increment 1) goes
 on with haystacks of 1 to 8 pictures, once with increments drawn per image (V2PE) and once with
 increment 1, on the same draws for the same number of steps and with the same RoPE. Then both are
 asked about haystacks of 8, 16, 32 and 64 pictures with each increment and with ``auto``, which

@@ -1,13 +1,11 @@
-"""The demo from beginning to end with a tiny model: report, model, interruption, older runs."""
+"""Micro's demo from beginning to end with a tiny model in its place."""
 
 from __future__ import annotations
 
 import io
 import json
-import shlex
 import signal
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,103 +13,106 @@ import pytest
 import torch
 from rich.console import Console
 from tests.eval.page import Page
-from tests.workflows.small_demo import shrink
+from tests.workflows.small_nano import save_small
 
 import cascadevl
 from cascadevl.cli.main import main
 from cascadevl.errors import TrainingError
-from cascadevl.eval.report import percent
+from cascadevl.eval.report import change, percent
 from cascadevl.eval.responder import ModelResponder
-from cascadevl.eval.runner import Score, run_suite
+from cascadevl.eval.runner import run_suite
 from cascadevl.eval.suite import draw_row
-from cascadevl.model.generation import stream
-from cascadevl.scoring.metrics import Estimate
-from cascadevl.tasks.base import to_prompt
-from cascadevl.workflows import demo, nano
-from cascadevl.workflows.demo_report import score_table
+from cascadevl.model import shipped
+from cascadevl.tasks.base import TaskSource
+from cascadevl.workflows import boxes, demo, demonstration, micro, watching
 
-QUESTIONS = 6
-SCALE = 0.005
+QUESTIONS = 2
+SCALE = 0.01
 
 
 @pytest.fixture(scope="module")
-def small() -> Generator[None, None, None]:
-    """Every demo of this module trains a few thousand parameters for about ten steps."""
+def start(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path, None, None]:
+    """A few thousand parameters as the shipped micro, taught for four short steps."""
+    assets = tmp_path_factory.mktemp("assets")
+    save_small(assets / "micro")
+    (assets / "micro" / "README.md").write_text(f"---\n{shipped.EDITION_KEY}: 4\n---\n")
     with pytest.MonkeyPatch.context() as patch:
-        shrink(patch)
-        patch.setattr(nano, "PRETRAIN_STEPS", 600)
-        patch.setattr(nano, "SFT_STEPS", 1000)
-        yield
+        patch.setattr(shipped, "ASSETS", assets)
+        patch.setattr(boxes, "NUM_STEPS", 400)
+        patch.setattr(boxes, "ROW_TOKENS", 1024)
+        patch.chdir(tmp_path_factory.mktemp("work"))
+        yield assets / "micro"
 
 
-def run(out: Path, *, width: int = 80) -> str:
+def run(out: Path) -> str:
     """Run the demo; returns what the terminal showed."""
-    console = Console(file=io.StringIO(), width=width)
+    console = Console(file=io.StringIO(), width=80)
     demo.run(out=out, steps_scale=SCALE, num_questions=QUESTIONS, console=console)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 @pytest.fixture(scope="module")
-def finished(small: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(start: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("demo") / "run"
     return out, run(out)
 
 
-def table(out: Path) -> list[list[str]]:
-    return Page((out / "report.html").read_text("utf-8")).rows
+def page(out: Path, name: str = "report.html") -> Page:
+    return Page((out / name).read_text("utf-8"))
 
 
-def test_the_report_holds_what_the_left_model_scores(finished: tuple[Path, str]) -> None:
-    out, _ = finished
-    model, processor = cascadevl.load(str(out / "model"), dtype=torch.bfloat16)
-    responder = ModelResponder(model=model, processor=processor, max_new_tokens=demo.ANSWER_TOKENS)
-    scores = run_suite(responder, nano.suite(QUESTIONS), seed=demo.EXAM_SEED)
-    head, *rows = table(out)
-    assert head[3:] == ["untrained", "after pretrain", "after sft"]
-    assert [row[0] for row in rows] == [row.name for row in nano.suite(QUESTIONS)]
-    assert [row[-1] for row in rows] == [" ".join(percent(score.estimate)) for score in scores]
-
-
-def test_the_report_shows_curves_of_all_examinations(finished: tuple[Path, str]) -> None:
-    out, _ = finished
-    noted = json.loads((out / "course.json").read_text())["points"]
-    assert list(noted["pretrain"]) == ["1", "2", "3"]
-    assert list(noted["sft"]) == ["1", "2", "3", "4", "5"]
-    page = Page((out / "report.html").read_text("utf-8"))
-    assert [kind for kind, _ in page.images].count("plot") == 2
-    assert "3 steps" in page.of("dd")[1]
-    assert "5 steps" in page.of("dd")[2]
-
-
-def test_chat_opens_the_left_model(
-    finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+def test_the_report_compares_the_left_model_with_micro(
+    start: Path, finished: tuple[Path, str]
 ) -> None:
     out, _ = finished
-    commands = Page((out / "report.html").read_text("utf-8")).of("pre")[0].splitlines()
-    assert len(commands) == len(nano.suite(1))
-    words = shlex.split(commands[1])
-    sampling = ["--max-new-tokens", "5", "--temperature", "3", "--seed", "4"]
-    assert main([*words[1:], *sampling]) == 0
+    scores = []
+    for folder in (start, out / "model"):
+        model, processor = cascadevl.load(folder, dtype=torch.bfloat16)
+        responder = ModelResponder(
+            model=model, processor=processor, max_new_tokens=demo.ANSWER_TOKENS
+        )
+        scores.append(run_suite(responder, boxes.suite(QUESTIONS), seed=demonstration.EXAM_SEED))
+    head, *rows = page(out).rows
+    assert head[3:] == ["before", "after", "change, in points"]
+    assert [row[0] for row in rows] == [row.name for row in boxes.suite(QUESTIONS)]
+    for row, before, after in zip(rows, *scores, strict=True):
+        assert row[3:5] == [" ".join(percent(score.estimate)) for score in (before, after)]
+        assert row[5] == change(before.estimate, after.estimate)[0]
+    assert "micro, edition 4: " in page(out).of("dd")[0]
 
-    # The same asked in Python, with the picture of the suite instead of the saved file.
-    model, processor = cascadevl.load(str(out / "model"))
-    asked = draw_row(nano.suite(1)[1], split="test", seed=demo.EXAM_SEED)[0]
-    prompt = to_prompt(asked.scene, asked.question)
-    said = "".join(stream(model, processor, prompt, max_new_tokens=5, temperature=3.0, seed=4))
-    assert said.strip()
-    assert capsys.readouterr().out == f"{said}\n"
+
+def test_a_page_of_answers_is_there_before_anything_is_trained(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **settings: Any) -> None:
+        assert page(tmp_path / "run", demo.PAGE).rows == []
+        cards = page(tmp_path / "run", demo.PAGE).of("b", "bad")
+        assert len(cards) > demo.PAGE_QUESTIONS
+        raise TrainingError("seen")
+
+    monkeypatch.setattr(demo, "examine", refuse)
+    with pytest.raises(TrainingError, match="seen"):
+        run(tmp_path / "run")
 
 
-def interrupted_in(stage: str, step: int) -> Callable[..., Any]:
-    """The demo's watcher, but one that gets Ctrl-C at a step of a stage."""
-    original = demo._watcher
+def test_the_terminal_shows_answers_scores_and_what_is_next(finished: tuple[Path, str]) -> None:
+    out, shown = finished
+    assert "micro, edition 4" in shown
+    assert shown.index("pictures it never saw") < shown.index("before the lesson")
+    assert f"with the pictures: {out / demo.PAGE}" in shown
+    assert "change" in shown
+    assert f"report: {out / 'report.html'}" in shown
+    assert f"chat {out / 'model'} --image" in shown
+    assert max(map(len, shown.partition("with the pictures")[0].splitlines())) <= 80
 
-    def watcher(state_of: Any, name: str) -> Callable[[Any], None]:
-        watch = original(state_of, name)
+
+def interrupted_at(step: int) -> Callable[..., Any]:
+    def watcher(*args: Any, **settings: Any) -> Callable[[Any], None]:
+        watch = watching.watcher(*args, **settings)
 
         def interrupted(state: Any) -> None:
             watch(state)
-            if (name, state.step) == (stage, step):
+            if state.step == step:
                 signal.raise_signal(signal.SIGINT)
 
         return interrupted
@@ -119,85 +120,56 @@ def interrupted_in(stage: str, step: int) -> Callable[..., Any]:
     return watcher
 
 
-def test_an_interrupted_demo_goes_on_and_ends_with_the_same_numbers(
-    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_demo_goes_on_and_ends_with_the_same_model(
+    start: Path, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     whole, out = finished[0], tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(demo, "_watcher", interrupted_in("sft", 2))
-        with pytest.raises(TrainingError, match="stopped in sft after step 2 of 5; start it again"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demonstration, "watcher", interrupted_at(2))
+        with pytest.raises(TrainingError, match="stopped in boxes after step 2 of 4; start it"):
             run(out)
     assert not (out / "report.html").exists()
-
-    asked: list[int] = []
-
-    def counting(responder: Any, suite: Sequence[Any], *, seed: int) -> list[Score]:
-        asked.append(seed)
-        return run_suite(responder, suite, seed=seed)
-
-    monkeypatch.setattr(demo, "run_suite", counting)
-    shown = run(out)
-    assert "kept as" not in shown
-    assert asked.count(demo.CURVE_SEED) == 3  # steps 3 to 5: the others are known from before
-    assert table(out) == table(whole)
+    assert "kept as" not in run(out)
     notes, wanted = (json.loads((path / "course.json").read_text()) for path in (out, whole))
     assert notes["points"] == wanted["points"]
-    assert notes["num_steps"] == wanted["num_steps"]
-    losses, wanted_losses = (
-        demo.read_losses(path / stage) for path in (out, whole) for stage in ("sft",)
-    )
-    assert losses[0] == wanted_losses[0]
-    assert losses[-1] == wanted_losses[-1]
+    assert page(out).rows == page(whole).rows
     weights = [(path / "model" / "model.safetensors").read_bytes() for path in (out, whole)]
     assert weights[0] == weights[1]
 
 
-def test_an_older_demo_is_kept(
-    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_micro_knew_is_rehearsed_and_the_new_family_is_new() -> None:
+    sources = boxes.sources()
+    new, *kept = sources
+    assert sum(each.weight or 0.0 for each in sources) == pytest.approx(1.0)
+    assert new.weight == boxes.NEW_SHARE
+    total = sum(each.weight or 0.0 for each in kept)
+    for mine, theirs in zip(kept, micro.sources("sft"), strict=True):
+        assert (mine.weight or 0.0) / total == pytest.approx(theirs.weight)
+        assert mine.source.name == theirs.source.name
+    assert isinstance(new.source, TaskSource)
+    assert new.source.task.name == "grounding"
+    assert new.source.split == "train"
+    for stage in ("decoder", "pretrain", "sft"):
+        assert not any("grounding" in each.source.name for each in micro.sources(stage))
+
+
+def test_the_lessons_questions_are_held_out_and_of_their_kind() -> None:
+    rows = boxes.suite(5)
+    assert len(rows) == 2 + len(micro.suite(1))
+    assert {row.num_questions for row in rows} == {5}
+    assert tuple(row.label for row in boxes.curve_suite(5)) == boxes.WATCHED
+    assert max(len(row.label) for row in rows) <= 14
+    one, every = (draw_row(row, split="test", seed=demonstration.EXAM_SEED) for row in rows[:2])
+    assert {each.question.kind for each in one} == {"box"}
+    assert {each.question.kind for each in every} == {"boxes"}
+    assert all("/test/" in each.scene.scene_id for each in (*one, *every))
+
+
+def test_the_command_passes_its_options(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "_watcher", interrupted_in("pretrain", 1))
-    for name in ("run", "run-1"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "report.html").write_text(name)
-    with pytest.raises(TrainingError, match="stopped in pretrain after step 1 of 3"):
-        run(tmp_path / "run")
-    assert (tmp_path / "run-1" / "report.html").read_text() == "run-1"
-    assert (tmp_path / "run-2" / "report.html").read_text() == "run"
-    assert not (tmp_path / "run" / "report.html").exists()
-
-
-def test_an_interrupted_demo_of_other_settings_is_refused(
-    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(demo, "_watcher", interrupted_in("pretrain", 1))
-        with pytest.raises(TrainingError, match="start it again"):
-            run(out)
-    with pytest.raises(TrainingError, match=r"run\.num_steps was 3 and is 6"):
-        demo.run(out=out, steps_scale=0.01, num_questions=1, console=Console(file=io.StringIO()))
-
-
-def test_the_terminal_tells_what_to_do_next(finished: tuple[Path, str]) -> None:
-    out, shown = finished
-    assert f"report: {out / 'report.html'}" in shown
-    assert f"chat {out / 'model'} --image" in shown
-    assert "step 1, % right: one digit" in shown
-
-
-def test_tables_fit_a_narrow_terminal(finished: tuple[Path, str]) -> None:
-    """Every row on one line, nothing cut, with the widest numbers."""
-    _, shown = finished
-    lines = [line for line in shown.splitlines() if line.startswith("│")]
-    assert len(lines) == len(nano.suite(1)) * 3
-    assert max(map(len, shown.partition("report:")[0].splitlines())) <= 80
-
-    widest = Estimate(value=1.0, low=0.99, high=1.0, num=400)
-    scores = run_suite(lambda c: ["yes"] * len(c), nano.suite(QUESTIONS), seed=1)
-    scores = [replace(score, estimate=widest) for score in scores]
-    names = ("untrained", "after pretrain", "after sft")
-    console = Console(file=io.StringIO(), width=80)
-    console.print(score_table([demo.StageScores(name=name, scores=scores) for name in names]))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert text.count("100.0 (99-100)") == 3 * len(scores)
-    assert sum(line.startswith("│") for line in text.splitlines()) == len(scores)
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(demo, "run", lambda **settings: asked.append(settings))
+    options = ["--model", "m", "--steps-scale", "2", "--questions", "9"]
+    assert main(["demo", "--out", str(tmp_path), *options]) == 0
+    assert asked == [{"out": tmp_path, "model": "m", "steps_scale": 2.0, "num_questions": 9}]

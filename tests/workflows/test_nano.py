@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tests.workflows.small_demo import tokenizer
+from tests.workflows.small_nano import tokenizer
 
 from cascadevl.data.example import ExampleBuilder
 from cascadevl.data.mixture import Mixture, WeightedSource
@@ -16,7 +16,8 @@ from cascadevl.tasks.base import DESCRIBE_PROMPT, TaskSource
 from cascadevl.train.config import ModelConfig
 from cascadevl.train.run import from_scratch
 from cascadevl.train.sources import example_config
-from cascadevl.workflows import demo, nano
+from cascadevl.workflows import nano, nano_demo
+from cascadevl.workflows.demonstration import EXAM_SEED
 
 STAGES = {"pretrain": nano.pretrain_sources, "sft": nano.sft_sources}
 NUM_DRAWS = 40
@@ -89,7 +90,7 @@ def test_the_suite_is_drawn_with_labels_for_a_narrow_terminal() -> None:
     assert len({row.name for row in rows}) == len({row.label for row in rows}) == len(rows)
     assert max(len(row.label) for row in rows) <= 14
     for row in rows:
-        drawn = draw_row(row, split="test", seed=demo.EXAM_SEED)
+        drawn = draw_row(row, split="test", seed=EXAM_SEED)
         assert len(drawn) == 6
         assert all("/test/" in each.scene.scene_id for each in drawn)
 
@@ -105,15 +106,15 @@ def test_two_digit_numbers_are_asked_for_as_such() -> None:
 def test_every_answer_of_the_suite_fits_the_limit() -> None:
     """One token is for the end of the turn."""
     for row in nano.suite(60):
-        for asked in draw_row(row, split="test", seed=demo.EXAM_SEED):
+        for asked in draw_row(row, split="test", seed=EXAM_SEED):
             ids = tokenizer().encode(asked.question.response(), add_special_tokens=False)
-            assert len(ids) < demo.ANSWER_TOKENS
+            assert len(ids) < nano_demo.ANSWER_TOKENS
 
 
 def test_no_row_is_easy_for_a_constant_answer() -> None:
     """The rows whose goal is chance + 15 points leave room for it."""
     for row in nano.suite(60):
-        answers = [a.question.answer for a in draw_row(row, split="test", seed=demo.EXAM_SEED)]
+        answers = [a.question.answer for a in draw_row(row, split="test", seed=EXAM_SEED)]
         assert max(answers.count(answer) for answer in answers) / 60 < 0.75
 
 

@@ -1,4 +1,4 @@
-"""The published nano configurations are what the demo trains with."""
+"""The published nano configurations are what `make nano` trains with."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def test_published_configuration_is_the_demos(stage: str) -> None:
     steps = {"pretrain": nano.PRETRAIN_STEPS, "sft": nano.SFT_STEPS}[stage]
     model = None if stage == "pretrain" else Path(str(published.model.path))
     used = nano.stage_config(stage, published.run.out, num_steps=steps, model=model)
-    # How often the demo looks at its model, and that it resumes, is the demo's own affair.
+    # How often it looks at its model, and that it resumes, is its own affair.
     run = replace(used.run, resume=published.run.resume, eval_interval=published.run.eval_interval)
     assert replace(used, run=run) == published

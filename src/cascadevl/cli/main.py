@@ -11,7 +11,19 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cascadevl.cli import chat, convert, data, demo, merge, mixture_search, show, train, zoo
+from cascadevl.cli import (
+    chat,
+    convert,
+    data,
+    demo,
+    merge,
+    micro,
+    mixture_search,
+    nano,
+    show,
+    train,
+    zoo,
+)
 from cascadevl.cli.wording import worded
 from cascadevl.errors import CascadeVLError
 from cascadevl.version import __version__
@@ -22,7 +34,7 @@ INTERRUPTED = 130
 """Exit codes: nobody reads the output any more, as rich has it; something a person can mend, as
 argparse has it; Ctrl-C, as shells have it."""
 
-COMMANDS = (chat, show, train, data, mixture_search, merge, convert, zoo, demo)
+COMMANDS = (chat, show, train, data, mixture_search, merge, convert, zoo, demo, nano, micro)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,1 +1,1 @@
-"""Chains of stages: the demo, the cascade, the reproduction."""
+"""Chains of stages: the demos, micro, the reproduction."""

@@ -1,4 +1,4 @@
-"""What is noted while the demo trains, on disk as it comes, so that an interruption loses nothing.
+"""What is noted while a demo trains, on disk as it comes, so that an interruption loses nothing.
 
 The large examinations before and after each stage are not kept here: the models they were about
 are, and the same questions give the same answers again. The small ones in between are, since

@@ -7,25 +7,20 @@ core of its own, by naming a stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from cascadevl.errors import ConfigError, TrainingError
-from cascadevl.eval.responder import ModelResponder
-from cascadevl.eval.runner import run_suite
 from cascadevl.model.loading import load
-from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.tasks.pages import CLASSES, Pages
-from cascadevl.train.loop import TrainState
 from cascadevl.train.pretrain import pretrain
 from cascadevl.train.run import MODEL, TrainResult
 from cascadevl.train.sft import sft
 from cascadevl.train.vision import pretrain_vision
-from cascadevl.types import Batch
 from cascadevl.workflows import micro
 from cascadevl.workflows.course import Course
+from cascadevl.workflows.watching import watcher
 
 CURVE_SEED = 8
 CURVE_QUESTIONS = 50
@@ -93,7 +88,16 @@ def _train(stage: str, out: Path, steps_scale: float, console: Console) -> Train
     course = Course(out / "course.json")
     course.begin_stage(stage, config.run.num_steps)
     recipe = pretrain if stage == "pretrain" else sft
-    watch = _watcher(stage, out, course, console)
+    _, processor = load(out / JOINED)
+    watch = watcher(
+        stage,
+        course,
+        processor,
+        micro.suite(CURVE_QUESTIONS),
+        seed=CURVE_SEED,
+        answer_tokens=ANSWER_TOKENS,
+        console=console,
+    )
     result = recipe(config, sources=sources, on_step=watch, console=console)
     course.stop(stage)
     return result
@@ -112,23 +116,3 @@ def _start_of(stage: str, out: Path) -> Path | None:
     decoder, vision = needed
     joined = out / JOINED
     return joined if joined.exists() else micro.join_halves(decoder, vision, joined)
-
-
-def _watcher(
-    stage: str, out: Path, course: Course, console: Console
-) -> Callable[[TrainState[Batch]], None]:
-    """A small examination for the learning curves, called now and then in training."""
-    _, processor = load(str(out / JOINED))
-    rows = micro.suite(CURVE_QUESTIONS)
-
-    def watch(state: TrainState[Batch]) -> None:
-        assert isinstance(state.model, CascadeVLForConditionalGeneration)
-        responder = ModelResponder(
-            model=state.model, processor=processor, max_new_tokens=ANSWER_TOKENS
-        )
-        scores = run_suite(responder, rows, seed=CURVE_SEED)
-        course.note(stage, state.step, {score.row: score.estimate.value for score in scores})
-        line = " · ".join(f"{score.label} {100 * score.estimate.value:.0f}" for score in scores)
-        console.print(f"step {state.step}, % right: {line}", highlight=False)
-
-    return watch

@@ -1,4 +1,4 @@
-"""The nano recipe: what `make demo` trains, on what, for how long, and what it is asked.
+"""The nano recipe: what `make nano` trains, on what, for how long, and what it is asked.
 
 Two stages, as in the reports: pre-training on pictures with dense descriptions and questions,
 then SFT on questions alone. Easy comes before hard: one large digit before two, four shapes of
