@@ -6,6 +6,7 @@ ones are asked about before and after, since teaching can also make a model forg
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.eval.report import Report, StageScores, write_report
 from cascadevl.eval.responder import ModelResponder
 from cascadevl.eval.runner import run_suite
@@ -33,7 +33,7 @@ CURVE_QUESTIONS = 25
 
 PAGE = "answers.html"
 PAGE_SEED = 11
-PAGE_QUESTIONS = 3
+PAGE_QUESTIONS = 5
 """The page that is there at once: so many pictures of each family."""
 
 STAGE = "boxes"
@@ -66,6 +66,7 @@ def run(
         TrainingError: If the training was asked to stop; the same call goes on with it. Or if
             the folder holds an interrupted demo of other settings.
     """
+    began = time.perf_counter()
     console = console or Console()
     folder = find(model)
     course = begin(out, console)
@@ -87,7 +88,11 @@ def run(
         f"{num_parameters(loaded)} in all"
     )
     console.rule(name)
-    _answer_a_page(demo, loaded, processor)
+    num_answers = _answer_a_page(demo, loaded)
+    demo.facts["first answers"] = (
+        f"{num_answers} pictures, {time.perf_counter() - began:.0f} s after the start"
+    )
+    console.print(demo.facts["first answers"], highlight=False)
     console.rule("before the lesson")
     examine(demo, "before", loaded)
 
@@ -104,13 +109,9 @@ def run(
     return finish(demo, path, lambda commands: _report(demo, name, commands))
 
 
-def _answer_a_page(
-    demo: Demonstration,
-    model: CascadeVLForConditionalGeneration,
-    processor: CascadeVLProcessor,
-) -> None:
-    """A few held-out pictures of everything micro knows, answered before anything is trained."""
-    responder = ModelResponder(model=model, processor=processor, max_new_tokens=ANSWER_TOKENS)
+def _answer_a_page(demo: Demonstration, model: CascadeVLForConditionalGeneration) -> int:
+    """A few held-out pictures of all that micro knows, answered before anything is trained."""
+    responder = ModelResponder(model=model, processor=demo.processor, max_new_tokens=ANSWER_TOKENS)
     scores = run_suite(responder, micro.suite(PAGE_QUESTIONS), seed=PAGE_SEED)
     table = Table("question", "answer", title="pictures it never saw", title_justify="left")
     for score in scores:
@@ -135,6 +136,7 @@ def _answer_a_page(
         page,
     )
     demo.console.print(f"with the pictures: {page}", highlight=False, soft_wrap=True)
+    return sum(len(score.answered) for score in scores)
 
 
 def _report(demo: Demonstration, name: str, commands: str) -> Report:
