@@ -142,9 +142,11 @@ def test_what_micro_knew_is_rehearsed_and_the_new_family_is_new() -> None:
     new, *kept = sources
     assert sum(each.weight or 0.0 for each in sources) == pytest.approx(1.0)
     assert new.weight == boxes.NEW_SHARE
-    total = sum(each.weight or 0.0 for each in kept)
-    for mine, theirs in zip(kept, micro.sources("sft"), strict=True):
-        assert (mine.weight or 0.0) / total == pytest.approx(theirs.weight)
+    mixture = micro.sources("sft")
+    total = sum(each.weight or 0.0 for each in mixture)
+    for mine, theirs in zip(kept, mixture, strict=True):
+        share = (theirs.weight or 0.0) / total
+        assert mine.weight == pytest.approx((1 - boxes.NEW_SHARE) * share)
         assert mine.source.name == theirs.source.name
     assert isinstance(new.source, TaskSource)
     assert new.source.task.name == "grounding"

@@ -95,9 +95,12 @@ def _families() -> list[dict[str, str]]:
     """The share of every family in the two stages on pictures, in percent of the draws."""
     shares: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for stage in ("pretrain", "sft"):
-        for weighted in micro.sources(stage):
+        sources = micro.sources(stage)
+        total = sum(weighted.weight or 0.0 for weighted in sources)
+        for weighted in sources:
             family = weighted.source.name.split()[0]
-            shares[family][stage] = shares[family].get(stage, 0.0) + (weighted.weight or 0.0)
+            share = (weighted.weight or 0.0) / total
+            shares[family][stage] = shares[family].get(stage, 0.0) + share
     return [
         {"name": family}
         | {stage: f"{100 * of.get(stage, 0.0):.0f}" for stage in ("pretrain", "sft")}
