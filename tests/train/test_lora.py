@@ -405,7 +405,7 @@ def test_random_weights_are_not_adapted(tmp_path: Path) -> None:
 
 
 def test_the_published_configuration_has_the_released_values() -> None:
-    file = Path(__file__).parents[2] / "configs" / "sft_lora_internvl3_1b.yaml"
+    file = Path(__file__).parents[2] / "configs" / "sft_lora_internvl3-1b.yaml"
     config = load_config(TrainConfig, files=[file])
     assert config.lora == LoraConfig(alpha=32, dropout=0.05)
     assert (config.optim.lr, config.run.global_batch) == (4e-5, 16)
