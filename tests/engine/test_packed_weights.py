@@ -12,6 +12,7 @@ from tests.train.test_lora import moved
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cascadevl.engine.int8_linear import Int8Linear
 from cascadevl.engine.packed_weights import PackedLinear, PackedModel, can_pack, pack
 from cascadevl.errors import CheckpointError, ConfigError
 from cascadevl.model.adapters import merged_tensors
@@ -215,6 +216,20 @@ def test_bytes_of_int8_are_half_of_bfloat16():
     kept = dict(model.model.language_model.named_parameters())
     left = sum(p.nbytes for name, p in kept.items() if "norm" in name or "embed" in name)
     assert size.left == left
+
+
+def test_the_head_may_be_packed_otherwise():
+    model = body_model("qwen2")
+    packed = pack(model, "packed", head="int8")
+    kinds = {name: type(layer) for name, layer in packed.layers.items()}
+    assert kinds.pop("lm_head") is Int8Linear
+    assert set(kinds.values()) == {PackedLinear}
+    assert (packed.precision, packed.head) == ("packed", "int8")
+    hidden = drawn(3, 32)
+    with torch.no_grad():
+        wanted = model.lm_head(hidden)
+        assert 0 < distance(packed.model.lm_head(hidden), wanted) < 0.02
+    packed.refresh(body_model("qwen2", seed=1))
 
 
 # What is refused.

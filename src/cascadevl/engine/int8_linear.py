@@ -35,7 +35,7 @@ class Int8Table:
             the block in the cache until the product has read it.
     """
 
-    kernel_rows: int = 16
+    kernel_rows: int = 24
     block_bytes: int = 8 * 2**20
 
 

@@ -30,6 +30,7 @@ Precision: TypeAlias = Literal["packed", "int8"]
 """``packed``: the weights' own type (bfloat16 or float32), in oneDNN's order. ``int8``: 8 bits a
 weight with a scale for every output channel, activations bfloat16."""
 
+_HEAD = HEAD.removesuffix(".weight")
 _LANGUAGE = "model.language_model."
 _EMBEDDING = f"{_LANGUAGE}embed_tokens.weight"
 
@@ -117,6 +118,7 @@ class PackedModel:
         model: Used as any model, under ``torch.inference_mode()``. Do not move, cast or train it:
             it shares parameters with the model it was made of, unless that was released.
         precision: How its linear layers are packed.
+        head: How its language head is packed.
         layers: The packed layers of the language half, by their names in the model.
         shares: Whether its other parameters are those of the model it was made of.
         size: Its memory.
@@ -124,6 +126,7 @@ class PackedModel:
 
     model: CascadeVLForConditionalGeneration
     precision: Precision
+    head: Precision
     layers: Mapping[str, Layer]
     shares: bool
     size: WeightBytes
@@ -175,7 +178,11 @@ def can_pack(model: CascadeVLForConditionalGeneration) -> bool:
 
 
 def pack(
-    model: CascadeVLForConditionalGeneration, precision: Precision, *, release: bool = False
+    model: CascadeVLForConditionalGeneration,
+    precision: Precision,
+    *,
+    head: Precision | None = None,
+    release: bool = False,
 ) -> PackedModel:
     """Pack the linear layers of the language half, the head included.
 
@@ -185,6 +192,8 @@ def pack(
     Args:
         model: The model. It is not touched, unless it is released.
         precision: How the layers are packed.
+        head: How the language head is packed, if otherwise. Of small models with large
+            vocabularies it is a quarter of what a decode step reads.
         release: Put the packed layers into ``model`` itself and free the originals as it goes:
             one layer is held twice at a time. The model cannot be trained or saved any more.
 
@@ -194,7 +203,7 @@ def pack(
     """
     if (obstacle := _obstacle(model)) is not None:
         raise ConfigError(f"precision {precision!r}: {obstacle}")
-    kind = {"packed": PackedLinear, "int8": Int8Linear}[precision]
+    kinds: dict[Precision, type[Layer]] = {"packed": PackedLinear, "int8": Int8Linear}
     names = [name for name, _ in _linears(model)]
     head_is_tied = model.lm_head.weight is model.get_input_embeddings().weight
     plain = released = 0
@@ -204,11 +213,12 @@ def pack(
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         num_bytes = sum(parameter.nbytes for parameter in linear.parameters())
+        kind = kinds[head or precision if name == _HEAD else precision]
         layers[name] = kind(linear.weight, linear.bias)
         plain += num_bytes
         if release:
             model.set_submodule(name, layers[name])
-            released += 0 if name == "lm_head" and head_is_tied else num_bytes
+            released += 0 if name == _HEAD and head_is_tied else num_bytes
         else:
             memo[id(linear)] = layers[name]
     if release:
@@ -229,6 +239,7 @@ def pack(
     return PackedModel(
         model=packed_model,
         precision=precision,
+        head=head or precision,
         layers=layers,
         shares=not release,
         size=size,
@@ -238,7 +249,7 @@ def pack(
 def _linears(model: CascadeVLForConditionalGeneration) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers of the language half, by name; subclasses do something of their own."""
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and (name == "lm_head" or name.startswith(_LANGUAGE)):
+        if type(module) is nn.Linear and (name == _HEAD or name.startswith(_LANGUAGE)):
             yield name, module
 
 
