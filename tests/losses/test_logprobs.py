@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.reference import next_token_by_hand
 
+from cascadevl.losses import logprobs as module
 from cascadevl.losses.logprobs import token_logprobs
 
 
@@ -53,3 +54,23 @@ def test_gradient() -> None:
     )
     ids = torch.tensor([2, 6, 0])
     assert torch.autograd.gradcheck(lambda x: token_logprobs(x, ids), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_rows_equal_torch_with_the_gradient(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK", {"cpu": 2 * 50})  # two rows of five at a time
+    logits = (torch.randn(5, 50, generator=torch.Generator().manual_seed(4)) * 3).to(dtype)
+    logits[1, 7] = -1e4  # a gradient at an unlikely token must not lose the others
+    logits.requires_grad_()
+    ids, grad = torch.tensor([0, 7, 49, 3, 3]), torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
+    wide = logits.detach().float().requires_grad_()
+    expected = wide.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+    found = token_logprobs(logits, ids)
+    assert torch.equal(found, expected)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    (wanted,) = torch.autograd.grad(expected, wide, grad)
+    (got,) = torch.autograd.grad(found, logits, grad)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, wanted.to(dtype), rtol=tolerance, atol=1e-6)

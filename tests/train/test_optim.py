@@ -8,6 +8,7 @@ from tests.reference import adamw_by_hand
 from torch import nn
 
 from cascadevl.errors import ConfigError, TrainingError
+from cascadevl.train import adamw
 from cascadevl.train.optim import (
     OptimConfig,
     Optimiser,
@@ -188,6 +189,55 @@ def test_precision_leaves_buffers_alone() -> None:
     set_precision(model, "bfloat16")
     assert model.get_buffer("inv_freq").dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_pieces_of_bfloat16_gradients_equal_torch_on_float32_ones(
+    max_grad_norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adamw, "PIECE", 32)
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(13, 7), "b": nn.Linear(3, 2), "c": nn.Linear(40, 9)})
+    model["a"].weight = nn.Parameter(model["a"].weight.detach().T.contiguous().T)
+    set_precision(model, "bfloat16")
+    opt = optimiser(model, lr=0.1, weight_decay=0.1, max_grad_norm=max_grad_norm)
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
+    groups = [
+        {"params": [m for m in masters if (m.ndim == 2) == decayed], "weight_decay": decay}
+        for decayed, decay in ((True, 0.1), (False, 0.0))
+    ]
+    reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.999), eps=1e-8)
+    for _ in range(3):
+        for parameter, master in zip(model.parameters(), masters, strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            master.grad = parameter.grad.float()
+        opt.collect()
+        length = opt.clip()
+        expected = torch.nn.utils.get_total_norm([m.grad for m in masters])
+        torch.testing.assert_close(length, expected)
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(masters, max_grad_norm)
+        opt.step(1.0)
+        opt.zero_grad()
+        reference.step()
+    for mine, parameter, theirs in zip(
+        opt.masters.values(), model.parameters(), masters, strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+        assert torch.equal(parameter, mine.bfloat16())
+
+
+def test_gradients_read_after_clipping_are_clipped() -> None:
+    model = Toy()
+    set_precision(model, "bfloat16")
+    opt = optimiser(model, max_grad_norm=1.0)
+    give(model, 2.0)
+    opt.collect()
+    assert opt.clip().item() == pytest.approx(math.sqrt(32))
+    assert all(g.dtype == torch.float32 for g in opt.gradients())
+    assert math.hypot(*(g for t in opt.gradients() for g in t.flatten().tolist())) == (
+        pytest.approx(1.0, rel=1e-5)
+    )
 
 
 # ---- Muon

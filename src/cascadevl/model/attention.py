@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from cascadevl.model.dense_attention import dense_attention
 from cascadevl.model.layout import TABLE, Buckets, PackedLayout
 from cascadevl.model.packed_attention import packed_attention
 from cascadevl.model.varlen import can_use_varlen, varlen_attention
@@ -156,9 +157,14 @@ def vision_attention(
     **_: Any,
 ) -> tuple[Float[Tensor, "tiles tokens heads dim"], None]:
     """Attention of the vision tower: every token of a tile sees the whole tile."""
-    if query.device.type == "cpu" and query.shape[2] <= TABLE.dense_vision_tokens and not dropout:
-        weights = torch.softmax((query * scaling) @ key.mT, dim=-1)
-        return (weights @ value).transpose(1, 2).contiguous(), None
+    if query.device.type == "cpu" and not dropout:
+        if query.shape[2] <= TABLE.plain_vision_tokens:
+            weights = torch.softmax((query * scaling) @ key.mT, dim=-1)
+            return (weights @ value).transpose(1, 2).contiguous(), None
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        return dense_attention(query, key, value, scaling), None
     out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 

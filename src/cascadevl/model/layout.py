@@ -29,16 +29,16 @@ class AttentionTable:
         merge_cells: Padding cells that cost as much as one more round of kernel calls.
         short_keys: Up to this many keys, probabilities are kept for the backward pass instead
             of being computed again.
-        dense_vision_tokens: Up to this many tokens a tile, the vision tower's attention on a CPU
-            is two matrix products and a softmax, because the bfloat16 backward pass of
-            ``scaled_dot_product_attention`` is slow there for short rows.
+        plain_vision_tokens: Up to this many tokens a tile, the vision tower's attention on a CPU
+            is two matrix products and a softmax that keeps its probabilities; beyond, it is
+            `dense_attention`. ``scaled_dot_product_attention`` takes twice as long there.
     """
 
     max_queries: int = 256
     max_cells: int = 2**20
     merge_cells: int = 8192
     short_keys: int = 512
-    dense_vision_tokens: int = 300
+    plain_vision_tokens: int = 128
 
 
 TABLE = AttentionTable()

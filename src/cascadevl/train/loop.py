@@ -192,7 +192,8 @@ def update(
         losses.append(terms.loss.detach())
         for name, value in terms.metrics.items():
             metrics[name] = metrics.get(name, torch.zeros_like(value)) + value.detach()
-    reduce_gradients(accelerator, state.optimiser.gradients())
+    if accelerator.num_processes > 1:
+        reduce_gradients(accelerator, state.optimiser.gradients())
     norm = state.optimiser.clip()
     # One transfer from the device a step: a broken step must not reach the weights.
     *shares, norm_value = torch.stack([*losses, *metrics.values(), norm]).double().tolist()

@@ -1,8 +1,9 @@
 """The optimiser: float32 masters, decay rules, AdamW and Muon behind one object; the schedule.
 
 bfloat16 keeps 8 bits of a weight, so an update smaller than 1/256 of it would be lost: the
-optimiser therefore owns float32 copies ("masters") of weights that are not float32, collects
-every micro-batch's gradient there in float32, and writes the rounded result back after a step.
+optimiser therefore owns float32 copies ("masters") of weights that are not float32, adds up the
+gradients of micro-batches in float32, and writes the rounded result back after a step. The
+gradient of a lone micro-batch is exact as it came and is not copied (`cascadevl.train.adamw`).
 A float32 model is its own master. The state is handed out as named tensors, never as pickles.
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cascadevl.errors import ConfigError, TrainingError
+from cascadevl.train.adamw import PIECE, PiecewiseAdamW, Update
 
 Module = Literal["vision", "projector", "language"]
 
@@ -152,11 +154,15 @@ class Optimiser:
             if config.name == "muon" and is_muon_matrix(name, master)
         }
         rest = [name for name in self.masters if name not in muon]
-        self._inner: list[torch.optim.Optimizer] = []
+        self._fresh: dict[
+            str, Tensor
+        ] = {}  # gradients of one micro-batch, in the type they came in
+        self._scale: Tensor | None = None  # of these gradients, since they were clipped
+        self._inner: list[PiecewiseAdamW | torch.optim.Muon] = []
         if rest:
             fused = all(self.masters[name].device.type in ("cpu", "cuda") for name in rest)
             self._inner.append(
-                torch.optim.AdamW(
+                PiecewiseAdamW(
                     self._groups(rest, config.lr), betas=config.betas, eps=config.eps, fused=fused
                 )
             )
@@ -184,56 +190,94 @@ class Optimiser:
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Add the gradients of the backward pass just done to the masters, in float32."""
-        moved = [
-            (self.masters[name], parameter)
-            for name, parameter in self.parameters.items()
-            if self.masters[name] is not parameter and parameter.grad is not None
-        ]
-        for master, parameter in moved:
-            assert parameter.grad is not None
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad.add_(parameter.grad)
-            parameter.grad = None
+        """Take the gradients of the backward pass just done from the model's weights.
 
+        The first of a step is kept as it is; with a second one they are added up in float32.
+        """
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            gradient, parameter.grad = parameter.grad, None
+            if name in self._fresh:
+                master.grad = self._fresh.pop(name).float()
+            if master.grad is None:
+                self._fresh[name] = gradient
+            else:
+                master.grad.add_(gradient)
+
+    @torch.no_grad()
     def gradients(self) -> list[Tensor]:
         """The float32 gradient of every trainable parameter, in order; zeros where none came."""
-        for master in self.masters.values():
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-        return [master.grad for master in self.masters.values() if master.grad is not None]
+        return [self._wide_gradient(name) for name in self.masters]
 
+    def _wide_gradient(self, name: str) -> Tensor:
+        """The float32 gradient of one parameter, kept from now on instead of what came."""
+        master = self.masters[name]
+        if name in self._fresh:
+            master.grad = self._fresh.pop(name).float()
+            if self._scale is not None:
+                master.grad.mul_(self._scale)
+        if master.grad is None:
+            master.grad = torch.zeros_like(master)
+        return master.grad
+
+    @torch.no_grad()
     def clip(self) -> Tensor:
         """Scale the whole gradient down to ``max_grad_norm``; returns its length before that."""
-        gradients = self.gradients()
-        norm = torch.nn.utils.get_total_norm(gradients)
+        wide = [m.grad for m in self.masters.values() if m.grad is not None]
+        pieces = [p for gradient in self._fresh.values() for p in gradient.flatten().split(PIECE)]
+        lengths = list(torch._foreach_norm(wide)) if wide else []
+        lengths += [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces]
+        if not lengths:
+            return next(iter(self.masters.values())).new_zeros(())
+        length: Tensor = torch.linalg.vector_norm(torch.stack(lengths))
         if self.config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.masters.values(), self.config.max_grad_norm, norm
-            )
-        return norm
+            # As torch.nn.utils.clip_grads_with_norm_, without a pass over what is not wide yet.
+            scale = (self.config.max_grad_norm / (length + 1e-6)).clamp(max=1.0)
+            if wide:
+                torch._foreach_mul_(wide, scale)
+            self._scale = scale
+        return length
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """Update the masters at ``factor`` times the peak rates, and the model from them."""
-        self.gradients()
+        names = {id(master): name for name, master in self.masters.items()}
         for inner in self._inner:
             for group in inner.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            inner.step()
-        self._publish()
+            owned = [names[id(p)] for group in inner.param_groups for p in group["params"]]
+            if isinstance(inner, PiecewiseAdamW):
+                inner.update([self._update(name) for name in owned])
+            else:
+                for name in owned:
+                    self._wide_gradient(name)
+                inner.step()
+                self._publish(owned)
+
+    def _update(self, name: str) -> Update:
+        """What AdamW needs to know of one parameter."""
+        master, weight = self.masters[name], self.parameters[name]
+        fresh = self._fresh.get(name)
+        return Update(
+            master=master,
+            gradient=master.grad if fresh is None else fresh,
+            weight=None if weight is master else weight.detach(),
+            scale=None if fresh is None else self._scale,
+        )
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
+        self._fresh.clear()
+        self._scale = None
         for name, parameter in self.parameters.items():
             parameter.grad = None
             self.masters[name].grad = None
 
-    def _publish(self) -> None:
+    def _publish(self, names: Iterable[str]) -> None:
         """Round the masters into the model's weights."""
-        pairs = [(p, self.masters[n]) for n, p in self.parameters.items()]
+        pairs = [(self.parameters[n], self.masters[n]) for n in names]
         pairs = [(p, master) for p, master in pairs if master is not p]
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [master for _, master in pairs])
@@ -287,7 +331,7 @@ class Optimiser:
                 f"first is {min(left)}; resume with the model, freezing and optimiser it was "
                 "saved with"
             )
-        self._publish()
+        self._publish(self.parameters)
 
 
 _ADAMW_KEYS = {"step", "exp_avg", "exp_avg_sq"}
