@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--rows", type=int, default=320, help="of each process")
     parser.add_argument("--accumulation", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=20, help="timed steps; 0 to count only")
     parser.add_argument("--samples", type=int, default=128, help="of a timed step")
     parser.add_argument("--row-tokens", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=16, help="samples of a padded batch")
@@ -300,8 +300,8 @@ def main() -> None:
     }
     for name, share in pads.items():
         print(f"padded batches of 8, {name}: {100 * share:.1f} % useful")
-    timed = time_steps(args)
-    for name in ("packed", "padded, by length", "padded"):
+    timed = time_steps(args) if args.repeats else {}
+    for name in ("packed", "padded, by length", "padded") if timed else ():
         low, middle, high = timed[name]["time_to_packed"]
         print(
             f"{name}: {timed[name]['tokens_per_s']:.0f} useful tokens/s, {middle:.2f} of the "

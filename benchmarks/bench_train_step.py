@@ -90,7 +90,9 @@ def examples_of(
     return [builder(record) for record in records]
 
 
-def peer_batch(examples: Sequence[Example], processor: CascadeVLProcessor) -> PeerBatch:
+def peer_batch(
+    examples: Sequence[Example], *, image_token_id: int, tokens_per_tile: int, pad_token_id: int
+) -> PeerBatch:
     """Every branch as a row of its own, padded on the right."""
     ids: list[Tensor] = []
     labels: list[Tensor] = []
@@ -101,8 +103,8 @@ def peer_batch(examples: Sequence[Example], processor: CascadeVLProcessor) -> Pe
             example.trained,
             example.segments,
             example.parents,
-            image_token_id=processor.image_token_id,
-            tokens_per_image=[n * processor.tokens_per_tile for n in example.tiles_per_image],
+            image_token_id=image_token_id,
+            tokens_per_image=[n * tokens_per_tile for n in example.tiles_per_image],
             increments=example.increments,
         )
         own = [n for n in range(len(example.parents)) if n not in example.parents]
@@ -116,7 +118,7 @@ def peer_batch(examples: Sequence[Example], processor: CascadeVLProcessor) -> Pe
             labels.append(row.masked_fill(~torch.from_numpy(whole.trained[taken]), -100))
             tiles.append(normalise(example.tiles))
     pad = torch.nn.utils.rnn.pad_sequence
-    input_ids = pad(ids, batch_first=True, padding_value=processor.tokenizer.pad_token_id)
+    input_ids = pad(ids, batch_first=True, padding_value=pad_token_id)
     mask = pad([torch.ones_like(row) for row in ids], batch_first=True)
     return PeerBatch(
         input_ids, mask, pad(labels, batch_first=True, padding_value=-100), torch.cat(tiles)
@@ -255,7 +257,12 @@ def compare(form: str, arguments: argparse.Namespace) -> dict[str, object]:
         tokens_per_tile=processor.tokens_per_tile,
         averaging="token",
     )
-    peers = peer_batch(examples, processor)
+    peers = peer_batch(
+        examples,
+        image_token_id=processor.image_token_id,
+        tokens_per_tile=processor.tokens_per_tile,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     loss = prove_equal(model, batch, peers)
     ours = counts(model, batch.input_ids.numel(), batch.num_tiles, len(batch.target_ids))
     theirs = counts(

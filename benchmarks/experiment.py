@@ -1,4 +1,4 @@
-"""What the experiment programs share: runs that go on, results kept, scores of all seeds."""
+"""What the programs here share: runs that go on, kept results, scores of seeds, made-up rows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from cascadevl.scoring.metrics import accuracy
 from cascadevl.train.pretrain import pretrain
 from cascadevl.train.run import TrainResult
 from cascadevl.train.sft import sft
-from cascadevl.types import Batch
+from cascadevl.types import NO_PARENT, Batch, Example
 from cascadevl.workflows import nano
 
 
@@ -103,3 +104,40 @@ class Given:
     def load_state_dict(self, state: dict[str, object], /) -> None:
         """Stay where it is."""
         del state
+
+
+def random_example(
+    name: str,
+    text: int,
+    tiles: int,
+    targets: int,
+    *,
+    image_token_id: int,
+    tile_px: int,
+    rng: np.random.Generator,
+) -> Example:
+    """A sample of random tokens below 200 and random tiles, all of one image.
+
+    Args:
+        name: Its source and id.
+        text: Tokens that are not visual, the image's slot counted.
+        tiles: Tiles of the image; 0 for none.
+        targets: The last so many tokens are to be predicted.
+        image_token_id: The token of the slot.
+        tile_px: Side of a tile.
+        rng: Where the numbers come from.
+    """
+    ids = rng.integers(20, 200, text)
+    if tiles:
+        ids[1] = image_token_id
+    return Example(
+        source=name,
+        record_id=name,
+        input_ids=ids,
+        trained=np.arange(text) >= max(2, text - targets),
+        segments=np.zeros(text, np.int64),
+        parents=(NO_PARENT,),
+        tiles=rng.integers(0, 256, (tiles, tile_px, tile_px, 3), np.uint8),
+        tiles_per_image=(tiles,) if tiles else (),
+        increments=(1.0,) if tiles else (),
+    )
