@@ -164,7 +164,7 @@ def test_activations_are_what_autograd_saves(recompute: bool) -> None:
     found = cost.activation_bytes(model.config, work, recompute=recompute).total
     whole = cost.activation_bytes(model.config, work)
     if recompute:  # one layer of each half is not there before the backward pass
-        found -= whole.vision / 3 + (whole.language - 8 * 96 * tokens) / 2
+        found -= whole.vision / 3 + (whole.language - 4 * 96 * tokens) / 2
     else:
         layout = model.model.layout(batch.segments, batch.parents)
         found += 2 * 4 * 2 * len(layout.of(None).short_cells)  # probabilities: layers, heads, bytes

@@ -26,6 +26,7 @@ from cascadevl.model.configuration import CascadeVLConfig, attention_windows
 from cascadevl.model.drop_path import DropPath
 from cascadevl.model.layout import PackedLayout, packed_layout
 from cascadevl.model.masks import cached_masks
+from cascadevl.model.norm import use_lean_norms
 from cascadevl.model.projector import Projector
 from cascadevl.model.v2pe import check_dynamic, dynamic_limit
 
@@ -47,6 +48,7 @@ class CascadeVLModel(InternVLPreTrainedModel):
         self.language_model = AutoModel.from_config(
             config.text_config, attn_implementation=TEXT_ATTENTION
         )
+        use_lean_norms(self)
         self.drop_path = DropPath(self.vision_tower.encoder.layer, float(config.drop_path_rate))
         self.post_init()  # type: ignore[no-untyped-call]
 

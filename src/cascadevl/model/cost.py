@@ -186,8 +186,8 @@ def activation_bytes(
 ) -> Cost:
     """Bytes that the backward pass of a bfloat16 model finds saved, everything trained.
 
-    What transformers' bodies keep, operation by operation: a normalisation in float32 its input in
-    float32 and its result, a linear layer its input, a gate both factors. Probabilities of
+    What the bodies keep, operation by operation: a normalisation and a linear layer their input,
+    attention queries, keys and values, a gate both factors. Probabilities of
     attention are not in it (`cascadevl.model.layout.AttentionTable` bounds them), nor is what
     operations need while they run.
 
@@ -209,7 +209,7 @@ def activation_bytes(
         language=work.tokens
         * (
             _kept(token_bytes, 2 * text.hidden_size, text.num_hidden_layers, recompute)
-            + 8.0 * text.hidden_size  # the last normalisation
+            + 4.0 * text.hidden_size  # the last normalisation
         ),
         head=4.0 * chunk * text.vocab_size + 2.0 * work.targets * text.hidden_size,
     )
@@ -224,9 +224,9 @@ def _text_activations(text: Any) -> int:
     """Bytes a token leaves in a layer of the text body."""
     hidden, dim = text.hidden_size, _head_dim(text)
     query, key = text.num_attention_heads * dim, text.num_key_value_heads * dim
-    kept = 2 * 8 * hidden + 2 * (query + 2 * key) + 2 * query
+    kept = 2 * 4 * hidden + 2 * (query + 2 * key) + 2 * query
     if text.model_type.startswith("qwen3"):
-        kept += 6 * (query + key)
+        kept += 2 * (query + key)
     experts = getattr(text, "num_experts_per_tok", None)
     if experts:
         width = getattr(text, "moe_intermediate_size", text.intermediate_size)
@@ -236,9 +236,7 @@ def _text_activations(text: Any) -> int:
 
 def _vision_activations(vision: Any) -> int:
     """Bytes a patch leaves in a layer of the vision tower."""
-    norms = 0 if vision.norm_type == "layer_norm" else 2 * 4
-    if vision.use_qk_norm:
-        norms += 2 * 6
+    norms = 2 * 2 if vision.use_qk_norm else 0
     return int((20 + norms) * vision.hidden_size + 4 * vision.intermediate_size)
 
 

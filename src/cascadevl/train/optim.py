@@ -154,10 +154,9 @@ class Optimiser:
             if config.name == "muon" and is_muon_matrix(name, master)
         }
         rest = [name for name in self.masters if name not in muon]
-        self._fresh: dict[
-            str, Tensor
-        ] = {}  # gradients of one micro-batch, in the type they came in
-        self._scale: Tensor | None = None  # of these gradients, since they were clipped
+        # Gradients of a step's only micro-batch, as they came, and their factor once clipped.
+        self._fresh: dict[str, Tensor] = {}
+        self._scale: Tensor | None = None
         self._inner: list[PiecewiseAdamW | torch.optim.Muon] = []
         if rest:
             fused = all(self.masters[name].device.type in ("cpu", "cuda") for name in rest)
