@@ -22,7 +22,7 @@ from cascadevl.workflows import micro
 SEED = 5
 
 NUM_STEPS = 320
-"""About six minutes on two quiet cores, at about a second a step."""
+"""Meant for about six minutes on two quiet cores, at about a second a step."""
 
 ROW_TOKENS = 4096
 """Most tokens of a step."""
