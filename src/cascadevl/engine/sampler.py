@@ -70,8 +70,8 @@ def sample(
     """Choose the next token of every row; the table remembers it where a penalty asks for it.
 
     The order is that of transformers: grammar and ``min_tokens``, repetition penalty, temperature,
-    top-k, top-p, min-p. A token depends on its row's logits, wishes, seed and counter, bit for bit,
-    and on no other row.
+    top-k, top-p, min-p. A token depends on its row's logits, wishes, seed and counter and on no
+    other row: bit for bit on a CPU, where this is tested.
 
     Args:
         logits: Of the next token.
