@@ -136,7 +136,7 @@ def test_what_is_shipped_is_the_model_with_a_card_of_its_scores(
 
 def test_shares_in_the_card_add_up(scores: Examination) -> None:
     families = micro_shipping._families()
-    for stage in ("pretrain", "sft"):
+    for stage in ("pretrain", "sft", "anneal"):
         assert sum(int(family[stage]) for family in families) == pytest.approx(100, abs=3)
     assert {"grounding", "needle"}.isdisjoint(family["name"] for family in families)
 

@@ -50,7 +50,7 @@ def run(out: Path, *stages: str) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("micro") / "run"
-    assert run(out) == out / "sft" / "model"
+    assert run(out) == out / "anneal" / "model"
     return out
 
 
@@ -74,7 +74,7 @@ def test_the_whole_begins_with_both_trained_halves(trained: Path) -> None:
 
 def test_what_is_done_is_not_done_again(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(micro_training, "_train")
-    assert run(trained) == trained / "sft" / "model"
+    assert run(trained) == trained / "anneal" / "model"
     assert run(trained, "vision") == trained / "vision" / "model"
 
 
@@ -83,7 +83,8 @@ def test_a_stage_needs_what_it_starts_from(tmp_path: Path) -> None:
         run(tmp_path, "sft")
     with pytest.raises(ConfigError, match=r"decoder.model and .*vision.model"):
         run(tmp_path, "pretrain")
-    with pytest.raises(ConfigError, match="the stages are vision, decoder, pretrain, sft; not rl"):
+    names = "vision, decoder, pretrain, sft, anneal"
+    with pytest.raises(ConfigError, match=f"the stages are {names}; not rl"):
         run(tmp_path, "rl")
 
 

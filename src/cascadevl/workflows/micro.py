@@ -22,7 +22,7 @@ from cascadevl.data.tokenizer import build_tokenizer
 from cascadevl.eval.suite import SuiteRow
 from cascadevl.model.loading import load, save
 from cascadevl.tasks import printed, text
-from cascadevl.tasks.base import Question, Stage, Task, TaskSource
+from cascadevl.tasks.base import Question, Task, TaskSource
 from cascadevl.tasks.charts import Charts
 from cascadevl.tasks.described import Described
 from cascadevl.tasks.easy_vqa import EasyVQA
@@ -36,6 +36,9 @@ from cascadevl.train.loop import RunConfig
 from cascadevl.train.optim import OptimConfig
 
 SEED = 3
+SEEDS = {"decoder": 3, "pretrain": 3, "sft": 3, "anneal": 4}
+"""Seeds of the drawn scenes; the last stage sees none that came before."""
+
 VOCAB_SIZE = 1024
 TRAINING_SCENES = 10_000_000
 """Scenes of a drawn family; more than any run visits, so that none comes twice."""
@@ -66,7 +69,8 @@ STAGES = {
     "vision": Plan(num_steps=5000, row_tokens=32 * 64, schedule="wsd"),
     "decoder": Plan(num_steps=2000, row_tokens=3072),
     "pretrain": Plan(num_steps=600, row_tokens=4096),
-    "sft": Plan(num_steps=4500, row_tokens=4096, schedule="cosine"),
+    "sft": Plan(num_steps=1200, row_tokens=4096),
+    "anneal": Plan(num_steps=3000, row_tokens=4096, lr=8e-4, schedule="cosine"),
 }
 """Every stage by its name, in order; vision and decoder do not depend on each other."""
 
@@ -137,29 +141,53 @@ _SFT: tuple[tuple[Task, float], ...] = (
     (_CHARTS, 0.05),
     (_TEXT, 0.04),
 )
+_ANNEAL: tuple[tuple[Task, float], ...] = (
+    (_DIGITS, 0.01),
+    (_TWO_DIGITS, 0.03),
+    (_NUMBERS, 0.12),
+    (_TWO_ROWS, 0.02),
+    (_SUMS, 0.11),
+    (_SHAPES, 0.12),
+    (_EASY_VQA, 0.03),
+    (_SHORT_WORDS, 0.08),
+    (_LARGE_WORDS, 0.18),
+    (_LINES, 0.04),
+    (_TEXTS, 0.01),
+    (_EASY_CHARTS, 0.10),
+    (_AXES, 0.06),
+    (_CHARTS, 0.06),
+    (_TEXT, 0.03),
+)
+"""More of what was still hard after SFT: words and charts, with their descriptions."""
+
+_DESCRIBED_IN_ANNEAL = (Printed, Charts)
 
 
 def sources(stage: str) -> list[WeightedSource]:
     """The mixture of a stage.
 
     Args:
-        stage: ``"decoder"``, ``"pretrain"`` or ``"sft"``.
+        stage: A key of ``STAGES`` other than ``"vision"``.
     """
-    shares = {"decoder": _DECODER, "pretrain": _PRETRAIN, "sft": _SFT}[stage]
-    kind: Stage = "pretrain" if stage == "pretrain" else "sft"
+    shares = {"decoder": _DECODER, "pretrain": _PRETRAIN, "sft": _SFT, "anneal": _ANNEAL}[stage]
     return [
         WeightedSource(
             source=TaskSource(
                 task=task,
                 length=TRAINING_SCENES,
-                seed=SEED,
-                stage=kind,
+                seed=SEEDS[stage],
+                stage="pretrain" if _is_described(stage, task) else "sft",
                 label=f"{task.name} {getattr(task, 'difficulty', '')} {number}".strip(),
             ),
             weight=weight,
         )
         for number, (task, weight) in enumerate(shares)
     ]
+
+
+def _is_described(stage: str, task: Task) -> bool:
+    """Whether a picture's dense description is learned beside the answers."""
+    return stage == "pretrain" or (stage == "anneal" and isinstance(task, _DESCRIBED_IN_ANNEAL))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -16,6 +16,9 @@ from cascadevl.model.tensor_files import new_folder
 from cascadevl.workflows import micro
 from cascadevl.workflows.micro_examination import Examination, table, weights_checksum
 
+PICTURE_STAGES = ("pretrain", "sft", "anneal")
+"""The stages in which both halves learn together."""
+
 MAX_BYTES = 25_000_000
 """Largest folder that is shipped: it lies in the repository and in every installed copy."""
 
@@ -92,9 +95,9 @@ def model_card(*, edition: int, scores: Examination, num_parameters: int) -> str
 
 
 def _families() -> list[dict[str, str]]:
-    """The share of every family in the two stages on pictures, in percent of the draws."""
+    """The share of every family in the stages on pictures, in percent of the draws."""
     shares: defaultdict[str, dict[str, float]] = defaultdict(dict)
-    for stage in ("pretrain", "sft"):
+    for stage in PICTURE_STAGES:
         sources = micro.sources(stage)
         total = sum(weighted.weight or 0.0 for weighted in sources)
         for weighted in sources:
@@ -102,7 +105,6 @@ def _families() -> list[dict[str, str]]:
             share = (weighted.weight or 0.0) / total
             shares[family][stage] = shares[family].get(stage, 0.0) + share
     return [
-        {"name": family}
-        | {stage: f"{100 * of.get(stage, 0.0):.0f}" for stage in ("pretrain", "sft")}
+        {"name": family} | {stage: f"{100 * of.get(stage, 0.0):.0f}" for stage in PICTURE_STAGES}
         for family, of in shares.items()
     ]

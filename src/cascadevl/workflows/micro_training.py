@@ -29,6 +29,15 @@ CURVE_QUESTIONS = 50
 ANSWER_TOKENS = 96
 """Longest answer asked for: three-digit additions with all their steps take about 60."""
 
+GOES_ON_FROM: dict[str, tuple[str, ...]] = {
+    "vision": (),
+    "decoder": (),
+    "pretrain": ("decoder", "vision"),
+    "sft": ("pretrain",),
+    "anneal": ("sft",),
+}
+"""The stages whose models each stage starts from."""
+
 JOINED = "joined"
 """Folder of the whole before its first joint step."""
 
@@ -105,14 +114,11 @@ def _train(stage: str, out: Path, steps_scale: float, console: Console) -> Train
 
 def _start_of(stage: str, out: Path) -> Path | None:
     """The model a stage goes on with; None where it begins with random weights."""
-    if stage in ("vision", "decoder"):
-        return None
-    names = ("pretrain",) if stage == "sft" else ("decoder", "vision")
-    needed = [out / name / MODEL for name in names]
+    needed = [out / name / MODEL for name in GOES_ON_FROM[stage]]
     if missing := [str(path) for path in needed if not path.exists()]:
         raise ConfigError(f"stage {stage} needs {' and '.join(missing)}, which is not there yet")
-    if stage == "sft":
-        return needed[0]
+    if len(needed) < 2:
+        return needed[0] if needed else None
     decoder, vision = needed
     joined = out / JOINED
     return joined if joined.exists() else micro.join_halves(decoder, vision, joined)
