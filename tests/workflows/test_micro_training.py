@@ -59,7 +59,7 @@ def test_every_stage_leaves_a_model(trained: Path) -> None:
         model, _ = cascadevl.load(trained / stage / "model")
         assert model.config.text_config.hidden_size == 32
     noted = json.loads((trained / "course.json").read_text())
-    assert list(noted["points"]) == ["pretrain", "sft"]
+    assert list(noted["points"]) == ["pretrain", "sft", "anneal"]
     assert set(noted["points"]["sft"]["2"]) == {row.name for row in micro.suite(1)}
 
 
