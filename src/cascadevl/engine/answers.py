@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.cache import page_keys
+from cascadevl.engine.constrained import Grammar
 from cascadevl.engine.jobs import Job
 from cascadevl.engine.prompts import Prompt
 from cascadevl.engine.requests import (
@@ -17,7 +18,7 @@ from cascadevl.engine.requests import (
     Usage,
 )
 from cascadevl.engine.sampler import Sampled
-from cascadevl.model.answer_text import AnswerWriter
+from cascadevl.engine.stops import AnswerText, end_ids
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 
 
@@ -30,20 +31,25 @@ class AnswerState:
         request: What was asked.
         prompt: What is read for it.
         ends: Tokens that end it.
-        writer: Makes text of tokens as they come, where stop strings or a stream need that.
+        text: Makes text of tokens as they come, where stop strings or a stream need that.
         processor: Makes text of all tokens in the end.
         row: Its row in the table of sampling wishes; negative before its first token.
+        grammar: Where it stands in its JSON schema, if it has one.
         logprobs: What the model thought of its tokens, if the request asked.
+        piece: Text that became certain with the last token.
+        finish_reason: How it ended; None while it goes on.
     """
 
     job: Job
     request: Request
     prompt: Prompt
     ends: frozenset[int]
-    writer: AnswerWriter | None
+    text: AnswerText | None
     processor: CascadeVLProcessor | None
     row: int = -1
+    grammar: Grammar | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    piece: str = ""
     finish_reason: FinishReason | None = None
 
     def take(self, logprobs: TokenLogprobs | None) -> None:
@@ -52,18 +58,24 @@ class AnswerState:
         Args:
             logprobs: What the model thought of it, if the request asked.
         """
-        generated = self.job.generated
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        token = generated[-1]
-        if token in self.ends:
+        generated = self.job.generated
+        if self.text is not None:
+            self.piece = self.text.take(generated[-1])
+            self.finish_reason = self.text.finish_reason
+        elif generated[-1] in self.ends:
             self.finish_reason = "stop"
         elif len(generated) == self.job.max_tokens:
             self.finish_reason = "length"
-        if self.writer is not None:
-            self.writer.take(token)
-            if self.writer.finish_reason == "stop":
-                self.finish_reason = "stop"
+        if self.grammar is not None and self.finish_reason is None:
+            self.grammar.take(generated[-1])
+
+    def call_off(self) -> None:
+        """End the answer before its time."""
+        if self.text is not None:
+            self.piece = self.text.cancel()
+        self.finish_reason = "cancelled"
 
     def output(self) -> TokenOutput:
         """The last token of a streamed answer."""
@@ -71,7 +83,7 @@ class AnswerState:
             request_id=self.job.arrival,
             sample=self.job.sample,
             token_id=self.job.generated[-1],
-            text="" if self.writer is None else self.writer.new_text(),
+            text=self.piece,
             logprobs=self.logprobs[-1] if self.logprobs else None,
             finish_reason=self.finish_reason,
         )
@@ -82,7 +94,7 @@ class AnswerState:
             request_id=self.job.arrival,
             sample=self.job.sample,
             token_id=None,
-            text="",
+            text=self.piece,
             finish_reason="cancelled",
         )
 
@@ -112,8 +124,8 @@ class AnswerState:
         return tuple(self.logprobs[: len(ids)])
 
     def _text(self, ids: list[int]) -> str:
-        if self.writer is not None and self.writer.finish_reason is not None:
-            return self.writer.answer().text
+        if self.text is not None:
+            return self.text.text
         if self.processor is None:
             return ""
         return self.processor.decode(ids, skip_special_tokens=True)
@@ -136,18 +148,16 @@ def answer_state(
         processor: Its template names others, and it makes text.
     """
     sampling = request.sampling
-    config = model.generation_config
-    eos = None if config is None else config.eos_token_id
+    eos = model.generation_config.eos_token_id if model.generation_config else None
     if processor is None:
-        own: tuple[int, ...] = tuple([eos] if isinstance(eos, int) else eos or ())
+        own = () if sampling.ignore_eos else [eos] if isinstance(eos, int) else eos or ()
+        ends: tuple[int, ...] = (*own, *sampling.stop_token_ids)
     else:
-        own = processor.stop_token_ids(eos)
-    ends = (*(() if sampling.ignore_eos else own), *sampling.stop_token_ids)
-    writer = None
+        ends = end_ids(processor, sampling, eos)
+    text = None
     if processor is not None and (request.stream or sampling.stop):
-        writer = AnswerWriter(model, processor, sampling.max_tokens, sampling.stop)
-        writer.ends = ends
-    return AnswerState(job, request, prompt, frozenset(ends), writer, processor)
+        text = AnswerText(processor, sampling, ends)
+    return AnswerState(job, request, prompt, frozenset(ends), text, processor)
 
 
 @dataclass(slots=True, eq=False)

@@ -13,14 +13,14 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.answers import AnswerState, OpenRequest, answer_state, token_logprobs
 from cascadevl.engine.boxes import Boxes
+from cascadevl.engine.choosing import Chooser
 from cascadevl.engine.jobs import Job, Plan
+from cascadevl.engine.packed_weights import PackedModel
 from cascadevl.engine.prompts import Tile, prepare
 from cascadevl.engine.requests import (
     Completion,
@@ -31,8 +31,6 @@ from cascadevl.engine.requests import (
     TokenOutput,
 )
 from cascadevl.engine.runner import Runner, page_bytes
-from cascadevl.engine.sampler import Sampled, sample
-from cascadevl.engine.sampling import SamplingTable
 from cascadevl.engine.scheduler import Scheduler
 from cascadevl.engine.vision import VisionCache
 from cascadevl.engine.weights import evaluating, load_weights
@@ -52,18 +50,21 @@ class Engine:
 
     def __init__(
         self,
-        model: CascadeVLForConditionalGeneration,
+        model: CascadeVLForConditionalGeneration | PackedModel,
         processor: CascadeVLProcessor | None = None,
         config: EngineConfig | None = None,
     ) -> None:
         """Reserve pages for a model.
 
         Args:
-            model: Answers. Its weights may change only by `load`.
+            model: Answers; or its packed form, from `cascadevl.engine.packed_weights.pack`. Its
+                weights may change only by `load`.
             processor: Makes text of tokens and knows the template's stop tokens; without it
                 answers are tokens alone.
             config: How much may be held and done at once.
         """
+        self._packed = model if isinstance(model, PackedModel) else None
+        model = model.model if isinstance(model, PackedModel) else model
         self.model, self.processor = model, processor
         self.config = config = config or EngineConfig()
         num_pages = config.num_pages
@@ -83,7 +84,7 @@ class Engine:
         self._vision = VisionCache(
             model, config.feature_bytes, batch_invariant=config.batch_invariant
         )
-        self._wishes = SamplingTable(int(model.config.text_config.vocab_size), model.device)
+        self._chooser = Chooser(model, processor)
         self._open: dict[int, OpenRequest] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # held while a step is computed
@@ -106,8 +107,8 @@ class Engine:
                 pages there are, or does not fit the model.
         """
         prompt = prepare(request, self.model.config)
-        sampling = request.sampling
-        self._scheduler.check_size(len(prompt.tokens), sampling.max_tokens)
+        self._scheduler.check_size(len(prompt.tokens), request.sampling.max_tokens)
+        self._chooser.check(request)
         asked = OpenRequest(next(self._numbers), request, prompt, request.num_samples)
         self._inbox.append(asked)
         return asked.number
@@ -201,7 +202,10 @@ class Engine:
             CheckpointError: If names or shapes differ from the model's; then nothing has changed.
         """
         with self._lock:
-            load_weights(self.model, state)
+            if self._packed is not None:
+                self._packed.refresh(state)
+            else:
+                load_weights(self.model, state)
             self._scheduler.forget()
             self._vision.forget()
 
@@ -221,6 +225,15 @@ class Engine:
             encoded_tiles=self._vision.num_encoded,
             cached_tiles=self._vision.num_found,
         )
+
+    def check(self) -> None:
+        """Assert that no page is lost and nothing is held for answers that have ended."""
+        with self._lock:
+            self._scheduler.check()
+            held = sum(
+                state.row >= 0 for each in self._open.values() for state in each.states.values()
+            )
+            assert held == len(self._chooser), "a row of wishes is held by nobody"
 
     def _take_in(self) -> None:
         """Take note of what was added and called off."""
@@ -242,7 +255,7 @@ class Engine:
             scheduler.drop(job)
             for each in (job, *unborn):
                 state = self._state(each)
-                state.finish_reason = "cancelled"
+                state.call_off()
                 self._cancelled.append(state)
                 self._close(state)
 
@@ -261,9 +274,7 @@ class Engine:
 
     def _close(self, state: AnswerState) -> None:
         """Give back what an ended answer holds beside its pages."""
-        if state.row >= 0:
-            self._wishes.remove(state.row)
-            state.row = -1
+        self._chooser.release(state)
         self._counts["cached"] += state.job.cached or 0
         asked = self._open[state.job.arrival]
         asked.num_left -= 1
@@ -276,7 +287,7 @@ class Engine:
             visual = self._vision.of_chunks(plan.chunks, self._tiles)
             logits = self._runner.run(plan, self._scheduler.table, visual, self._scheduler.changes)
             states = [self._state(job) for job in plan.sampled]
-            sampled = self._sample(logits, states)
+            sampled = self._chooser.choose(logits, states)
         except LogitsError as error:
             self._scheduler.abort(plan)
             self._give_up(plan, error.places)
@@ -290,27 +301,6 @@ class Engine:
             has_logprobs = state.request.sampling.logprobs is not None
             state.take(token_logprobs(sampled, place) if has_logprobs else None)
         return states
-
-    def _sample(self, logits: Tensor, states: Sequence[AnswerState]) -> Sampled:
-        for state in states:
-            if state.row < 0:
-                self._begin(state)
-        rows = np.array([state.row for state in states], dtype=np.int64)
-        counters = np.array([len(state.job.generated) for state in states], dtype=np.int64)
-        with torch.inference_mode():
-            return sample(logits, self._wishes, rows, counters)
-
-    def _begin(self, state: AnswerState) -> None:
-        """Note what an answer wishes, before its first token."""
-        sampling, job = state.request.sampling, state.job
-        penalised = sampling.repetition_penalty != 1
-        state.row = self._wishes.add(
-            f"request {job.arrival}, sample {job.sample}",
-            sampling,
-            number=job.sample,
-            token_ids=job.prompt.ids if penalised else (),
-            end_ids=tuple(state.ends) if sampling.min_tokens else (),
-        )
 
     def _give_up(self, plan: Plan, places: Sequence[int]) -> None:
         for place in places:

@@ -1,0 +1,256 @@
+"""Who is timed by bench_engine.py: the engine, and transformers' generate at its best setting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import InternVLForConditionalGeneration, StoppingCriteria, StoppingCriteriaList
+
+from cascadevl.data.tiling import normalise
+from cascadevl.engine.engine import Engine
+from cascadevl.engine.packed_weights import Precision, pack
+from cascadevl.engine.requests import EngineConfig, ImageTiles, Request, TextIds
+from cascadevl.engine.sampling import SamplingParams
+from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+
+
+class Shape(Protocol):
+    """What a case is made of; see `bench_engine.Row`."""
+
+    text_tokens: int
+    num_tiles: int
+    num_prompts: int
+    num_samples: int
+    new_tokens: int
+    asked_before: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds until every answer had its first token, and until all had ended."""
+
+    first_s: float
+    whole_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """Prompts: some text, a picture, the question.
+
+    Attributes:
+        before: Text before the picture, of each prompt.
+        pictures: The pictures.
+        questions: The text behind them.
+        others: Other questions about the same pictures, to be asked before; empty for none.
+        num_samples: Answers of each prompt.
+        new_tokens: Length of every answer.
+        image_token_id: Stands for a visual token.
+        tokens_per_tile: Visual tokens of a tile.
+    """
+
+    before: list[tuple[int, ...]]
+    pictures: list[np.ndarray]
+    questions: list[tuple[int, ...]]
+    others: list[tuple[int, ...]]
+    num_samples: int
+    new_tokens: int
+    image_token_id: int
+    tokens_per_tile: int
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of one prompt."""
+        visual = len(self.pictures[0]) * self.tokens_per_tile
+        return len(self.before[0]) + visual + len(self.questions[0])
+
+    @property
+    def image_px(self) -> int:
+        """Side of a tile."""
+        return int(self.pictures[0].shape[1])
+
+    def input_ids(self) -> Tensor:
+        """Prompts as transformers takes them."""
+        rows = [
+            [*before, *[self.image_token_id] * len(tiles) * self.tokens_per_tile, *question]
+            for before, tiles, question in zip(
+                self.before, self.pictures, self.questions, strict=True
+            )
+        ]
+        return torch.tensor(rows)
+
+    def pixel_values(self, dtype: torch.dtype) -> Tensor:
+        """Pictures as transformers takes them."""
+        return normalise(np.concatenate(self.pictures)).to(dtype)
+
+    def requests(self, sampling: SamplingParams, *, others: bool = False) -> list[Request]:
+        """The same for the engine."""
+        texts = self.others if others else self.questions
+        return [
+            Request(
+                prompt=(TextIds(before), ImageTiles(tiles), TextIds(text)),
+                sampling=sampling,
+                num_samples=1 if others else self.num_samples,
+                stream=True,
+            )
+            for before, tiles, text in zip(self.before, self.pictures, texts, strict=bool(texts))
+        ]
+
+
+def make_case(row: Shape, model: CascadeVLForConditionalGeneration, *, seed: int) -> Case:
+    """Random prompts and pictures; another seed shares nothing with this one."""
+    generator = np.random.default_rng(seed)
+    config = model.config
+    size = config.vision_config.image_size
+    px = int(size[0] if isinstance(size, list | tuple) else size)
+    low, high = 100, 2000
+
+    def texts(length: int) -> list[tuple[int, ...]]:
+        return [
+            tuple(generator.integers(low, high, length).tolist()) for _ in range(row.num_prompts)
+        ]
+
+    return Case(
+        before=texts(5),
+        pictures=[
+            generator.integers(0, 255, (row.num_tiles, px, px, 3), dtype=np.uint8)
+            for _ in range(row.num_prompts)
+        ],
+        questions=texts(row.text_tokens - 5),
+        others=texts(row.text_tokens - 5) if row.asked_before else [],
+        num_samples=row.num_samples,
+        new_tokens=row.new_tokens,
+        image_token_id=config.image_token_id,
+        tokens_per_tile=model.tokens_per_tile,
+    )
+
+
+class Peer(Protocol):
+    """Whoever is timed."""
+
+    def time(self, case: Case) -> Timing:
+        """Answer all prompts of a case."""
+        ...
+
+
+class Ours:
+    """The engine; a new one for every case, so that nothing is remembered but what may be."""
+
+    def __init__(
+        self, model: CascadeVLForConditionalGeneration, precision: Precision | None = None
+    ) -> None:
+        """Pack the weights, if asked to."""
+        self.model = model if precision is None else pack(model, precision).model
+
+    def time(self, case: Case) -> Timing:
+        """Answer all prompts of a case."""
+        engine = Engine(self.model, config=EngineConfig())
+        drawn = 1.0 if case.num_samples > 1 else 0.0
+        how = SamplingParams(temperature=drawn, max_tokens=case.new_tokens, ignore_eos=True)
+        one = SamplingParams(max_tokens=1, ignore_eos=True)
+        if case.others:
+            engine.generate(case.requests(one, others=True))
+        wanted = len(case.questions) * case.num_samples
+        requests = case.requests(how)
+        start = time.perf_counter()
+        for request in requests:
+            engine.add(request)
+        seen: set[tuple[int, int]] = set()
+        first = ended = 0.0
+        tokens = 0
+        while not engine.is_idle:
+            result = engine.step()
+            tokens += len(result.tokens)
+            if len(seen) < wanted:
+                seen |= {(token.request_id, token.sample) for token in result.tokens}
+                first = time.perf_counter() - start
+        ended = time.perf_counter() - start
+        assert tokens == wanted * case.new_tokens
+        return Timing(first, ended)
+
+
+class _Clock(StoppingCriteria):
+    """Notes when the first token was there; stops nothing."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        if self.first is None:
+            self.first = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class Transformers:
+    """`InternVLForConditionalGeneration.generate` with the very same weights."""
+
+    def __init__(
+        self, model: CascadeVLForConditionalGeneration, attention: str, cache: str
+    ) -> None:
+        """Build the peer around our tensors."""
+        with torch.device("meta"):
+            self.model = InternVLForConditionalGeneration._from_config(
+                model.config, attn_implementation=attention, dtype=model.dtype
+            )
+        self.model.load_state_dict(model.state_dict(), assign=True)
+        # Buffers that are no part of a state, above all the rotary frequencies.
+        ours = dict(model.named_buffers())
+        for name, module in self.model.named_modules():
+            for buffer in list(module._buffers):
+                module._buffers[buffer] = ours[f"{name}.{buffer}"]
+        self.model.eval()
+        self.cache = cache
+
+    def tokens(self, case: Case) -> Tensor:
+        """Greedy answers, one of each prompt."""
+        return self._generate(case, _Clock(), draw=False)
+
+    def time(self, case: Case) -> Timing:
+        """Answer all prompts of a case."""
+        clock, start = _Clock(), time.perf_counter()
+        found = self._generate(case, clock, draw=case.num_samples > 1)
+        assert found.shape == (len(case.questions) * case.num_samples, case.new_tokens)
+        assert clock.first is not None
+        return Timing(clock.first - start, time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def _generate(self, case: Case, clock: _Clock, *, draw: bool) -> Tensor:
+        ids = case.input_ids()
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=case.pixel_values(self.model.dtype),
+            max_new_tokens=case.new_tokens,
+            min_new_tokens=case.new_tokens,
+            do_sample=draw,
+            num_return_sequences=case.num_samples if draw else 1,
+            cache_implementation=self.cache,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return output[:, ids.shape[1] :]
+
+
+def peer_sweep(
+    model: CascadeVLForConditionalGeneration,
+    case: Case,
+    make: Callable[[CascadeVLForConditionalGeneration, str, str], Transformers],
+) -> tuple[Transformers, dict[str, float]]:
+    """Transformers at the quickest of its settings, and the seconds of each."""
+    seconds: dict[str, float] = {}
+    best: tuple[float, Transformers] | None = None
+    for attention in ("sdpa", "eager"):
+        for cache in ("dynamic", "static"):
+            peer = make(model, attention, cache)
+            took = peer.time(case).whole_s
+            seconds[f"{attention}, {cache} cache"] = took
+            if best is None or took < best[0]:
+                best = (took, peer)
+    assert best is not None
+    return best[1], seconds
