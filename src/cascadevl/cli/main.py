@@ -16,6 +16,7 @@ from cascadevl.cli import (
     convert,
     data,
     demo,
+    generate,
     merge,
     micro,
     mixture_search,
@@ -34,7 +35,20 @@ INTERRUPTED = 130
 """Exit codes: nobody reads the output any more, as rich has it; something a person can mend, as
 argparse has it; Ctrl-C, as shells have it."""
 
-COMMANDS = (chat, show, train, data, mixture_search, merge, convert, zoo, demo, nano, micro)
+COMMANDS = (
+    chat,
+    generate,
+    show,
+    train,
+    data,
+    mixture_search,
+    merge,
+    convert,
+    zoo,
+    demo,
+    nano,
+    micro,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
