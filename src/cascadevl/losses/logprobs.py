@@ -4,8 +4,9 @@ Every loss of the package starts here, so that all of them take the logarithm in
 precision: a bfloat16 log-softmax loses the tail that the ratios of MPO and GSPO live on.
 
 Logits are the largest tensor of a training step. They are widened to float32 a few rows at a time,
-forward and backward, so that no copy of them in float32 ever exists: a quarter of the time of
-torch's log-softmax on a CPU, where the passes over such copies cost more than the exponentials.
+forward and backward, so that no copy of them in float32 ever exists: about a third of the time of
+torch's log-softmax on a CPU, where the passes over such copies cost more than the exponentials
+(benchmarks/bench_parts.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Two matrix products and a softmax for a few heads at a time, so that their probabilities stay in
 the cache; they are computed again in the backward pass, so that none are kept. For the 1,025 tokens
-of a released tile, forward and backward pass take half the time of torch's
+of a released tile, forward and backward pass take little more than half the time of torch's
 ``scaled_dot_product_attention`` in bfloat16 on a CPU (benchmarks/bench_parts.py).
 """
 
