@@ -2,7 +2,8 @@
 
 What transformers computes, bit for bit forward; but autograd would keep the input and its result in
 float32. Here the input is kept as it came, with one number a token: half the memory. The time is
-about the same (benchmarks/bench_parts.py). It takes its place in the bodies through `torch.nn.Module.set_submodule`, under the same parameter name.
+about the same (benchmarks/bench_parts.py). It takes its place in the bodies through
+`torch.nn.Module.set_submodule`, under the same parameter name.
 """
 
 from __future__ import annotations
