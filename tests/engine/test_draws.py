@@ -54,19 +54,25 @@ def test_a_uniform_is_a_function_of_seed_sample_and_token(seed: int):
         assert got.tolist() == [sampling_by_hand.uniform(seed, n, token) for n in (0, 1, 7)]
 
 
-def test_filtered_weights_are_those_of_transformers():
-    logits, ids = random_logits(6), torch.randint(VOCAB, (6, 40))
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(60, 0.9, 0.02), (7, 0.99, 0.001), (100, 0.4, 0.001), (100, 0.99, 0.3)],
+    ids=["all", "k", "p", "min p"],  # which of them cuts
+)
+def test_filtered_weights_are_those_of_transformers(top_k: int, top_p: float, min_p: float):
+    generator = torch.Generator().manual_seed(1)
+    logits, ids = random_logits(6), torch.randint(VOCAB, (6, 40), generator=generator)
     seen = torch.zeros(6, VOCAB, dtype=torch.bool).scatter(1, ids, True)
     scores = draws.penalised(draws.scores_of(logits), draws.widened(seen), torch.full((6,), 1.3))
     weights = draws.weights_of(scores, column([0.8] * 6))
-    got = draws.filtered(weights, *limits(6, top_k=60, top_p=0.9, min_p=0.02))
+    got = draws.filtered(weights, *limits(6, top_k=top_k, top_p=top_p, min_p=min_p))
 
     theirs = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits)
     for warper in (
         TemperatureLogitsWarper(0.8),
-        TopKLogitsWarper(60),
-        TopPLogitsWarper(0.9),
-        MinPLogitsWarper(0.02),
+        TopKLogitsWarper(top_k),
+        TopPLogitsWarper(top_p),
+        MinPLogitsWarper(min_p),
     ):
         theirs = warper(ids, theirs)
     expected = theirs.softmax(-1)
