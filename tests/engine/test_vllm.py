@@ -220,6 +220,23 @@ def test_a_prompt_that_is_too_long_there_is_its_own_failure(
     assert not isinstance(outcomes[2], RequestError)
 
 
+def test_what_the_server_would_cut_short_is_not_sent(half: Any, text_model: TextModel) -> None:
+    """vLLM answers such a request, with fewer tokens than were asked for."""
+    good = requests_of(half[1])[1]
+    long = requests_of(half[1], max_tokens=390)[1]
+    with vllm_double(text_model, max_model_len=400) as server:
+        backend = backend_of(half, server.url)
+        assert backend.max_tokens == 400
+        outcomes = dict(backend.answer([good, long]))
+        fits = 400 - outcomes[0][0].usage.prompt_tokens  # type: ignore[union-attr]
+        exactly = requests_of(half[1], max_tokens=fits)[1]
+        assert len(generate(backend, [exactly])[0][0].token_ids) == fits
+    assert len(server.bodies) == 2
+    assert isinstance(outcomes[1], RequestError)
+    assert f"needs {400 - fits + 390} tokens" in str(outcomes[1])
+    assert "takes 400" in str(outcomes[1])
+
+
 @pytest.mark.parametrize(
     ("answered", "problem"),
     [

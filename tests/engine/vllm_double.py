@@ -119,8 +119,13 @@ def pieces(choices: Choices) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def vllm_double(
-    answer: Callable[[Body], Answered], models: tuple[str, ...] = ("text",)
+    answer: Callable[[Body], Answered],
+    models: tuple[str, ...] = ("text",),
+    max_model_len: int | None = None,
 ) -> Iterator[ChatServer]:
     """Run the server while the context lasts."""
-    with chat_server(answer, models) as server:
+    listed = [{"id": name, "object": "model"} for name in models]
+    for each in listed if max_model_len is not None else ():
+        each["max_model_len"] = max_model_len
+    with chat_server(answer, listed) as server:
         yield server

@@ -57,13 +57,13 @@ class ChatServer:
 
 @contextmanager
 def chat_server(
-    answer: Callable[[Body], Answered], models: Sequence[str] = ()
+    answer: Callable[[Body], Answered], models: Sequence[Body] = ()
 ) -> Iterator[ChatServer]:
     """Run a server while the context lasts.
 
     Args:
         answer: Gives the answer to a request's JSON; called in several threads.
-        models: Names of the models it lists.
+        models: The models it lists, as vLLM describes them.
     """
     lock, running = threading.Lock(), 0
 
@@ -83,7 +83,7 @@ def chat_server(
                     running -= 1
 
         def do_GET(self) -> None:
-            listed = {"data": [{"id": name, "object": "model"} for name in models]}
+            listed = {"object": "list", "data": list(models)}
             self._reply(Answered(listed) if self.path == "/v1/models" else Answered(status=404))
 
         def _reply(self, answered: Answered) -> None:

@@ -74,6 +74,17 @@ def _add_backend(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="memory of the engine for keys and values, as 500MB or 4GB (default: 1 GiB)",
     )
+    group.add_argument(
+        "--weights",
+        choices=("stored", "packed", "int8"),
+        default="stored",
+        help="of the engine's language half: as stored (default), packed for a CPU, or int8",
+    )
+    group.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="compute every answer as if it ran alone, to the bit; slower",
+    )
     group.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
 
 
@@ -227,14 +238,19 @@ def _own_backend(
     from cascadevl.engine.engine_backend import EngineBackend
     from cascadevl.engine.requests import EngineConfig
 
-    config = EngineConfig(cache_bytes=args.cache_bytes)
-    return EngineBackend(engine=Engine(model, processor, config)), processor
+    config = EngineConfig(cache_bytes=args.cache_bytes, batch_invariant=args.batch_invariant)
+    if args.weights == "stored":
+        return EngineBackend(engine=Engine(model, processor, config)), processor
+    from cascadevl.engine.packed_weights import pack
+
+    packed = pack(model, args.weights, release=True)
+    return EngineBackend(engine=Engine(packed, processor, config)), processor
 
 
 def _facts(args: argparse.Namespace) -> dict[str, Any]:
     """What answers depend on beside the configuration; a server may move to another address."""
     kind = "vllm" if "://" in args.backend else args.backend
-    return {"model": args.model, "backend": kind}
+    return {"model": args.model, "backend": kind, "weights": args.weights}
 
 
 def print_report(report: OfflineReport, config: OfflineConfig, console: Console) -> None:

@@ -53,6 +53,8 @@ class VllmBackend:
         processor: Its processor.
         server: The server, with its base address ending in ``/v1``.
         served_model: The language half's name as the server knows it.
+        max_tokens: Most tokens of prompt and answer together, where the server says so: it would
+            cut an answer short without a word.
         concurrency: Requests sent at a time; each is a group of samples.
         feature_bytes: Memory for visual tokens that are kept for a next question.
     """
@@ -61,6 +63,7 @@ class VllmBackend:
     processor: CascadeVLProcessor
     server: HttpServer
     served_model: str
+    max_tokens: int | None = None
     concurrency: int = 16
     feature_bytes: int = 2**28
 
@@ -130,6 +133,13 @@ class VllmBackend:
                 f"visual tokens are to step by {smaller[0]:g} positions, but vLLM numbers "
                 f"embeddings as it numbers text, by 1; use the engine, or ask for increment 1 "
                 f"where the prompt fits with it"
+            )
+        needed = len(prompt.tokens) + request.sampling.max_tokens
+        if self.max_tokens is not None and needed > self.max_tokens:
+            raise RequestError(
+                f"the request needs {needed} tokens ({len(prompt.tokens)} of the prompt, the "
+                f"others of the answer), but the vLLM server takes {self.max_tokens}; ask for "
+                f"fewer, or start it with a larger --max-model-len"
             )
         with self._lock:
             embeds = embed(prompt, self._vision)
@@ -245,14 +255,14 @@ def connect(
     except Refused as refusal:
         raise RequestError(f"{where}: {refusal}") from refusal
     try:
-        names = [str(each["id"]) for each in json.loads(content)["data"]]
-    except (ValueError, KeyError, TypeError) as error:
+        limits = {str(each["id"]): _limit(each) for each in json.loads(content)["data"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{where} lists no models ({error!r}); does it end in /v1?") from error
-    if served_model is None and len(names) == 1:
-        served_model = names[0]
-    if served_model not in names:
+    if served_model is None and len(limits) == 1:
+        served_model = next(iter(limits))
+    if served_model not in limits:
         raise RequestError(
-            f"{where} lists {', '.join(names) or 'no models'}, "
+            f"{where} lists {', '.join(limits) or 'no models'}, "
             + ("name one of them" if served_model is None else f"but not {served_model!r}")
         )
     return VllmBackend(
@@ -260,8 +270,15 @@ def connect(
         processor=processor,
         server=server,
         served_model=served_model,
+        max_tokens=limits[served_model],
         concurrency=concurrency,
     )
+
+
+def _limit(model: Mapping[str, Any]) -> int | None:
+    """Most tokens that a listed model takes, if the list says so."""
+    limit = model.get("max_model_len")
+    return None if limit is None else int(limit)
 
 
 def _done(asked: dict[Future[_Answers], int]) -> Iterator[Outcome]:
