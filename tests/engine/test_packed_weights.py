@@ -162,6 +162,20 @@ def test_new_weights_of_the_model_are_taken_over(precision: Precision):
     assert all(shared.get(name, p) is p for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("precision", ["packed", "int8"])
+def test_packed_in_one_mode_and_refreshed_in_another(precision: Precision):
+    model, other = body_model("qwen2"), body_model("qwen2", seed=1)
+    with torch.inference_mode():
+        packed = pack(model, precision)
+        logits(packed.model)
+    packed.refresh(other)
+    assert_same(packed, other)
+    with torch.inference_mode():
+        packed.refresh(model)
+    packed.refresh(model)
+    assert_same(packed, model)
+
+
 @pytest.mark.parametrize("with_head", [True, False])
 def test_weights_of_another_model_do_not_reach_the_first(with_head: bool):
     model, other = tied_model(), tied_model(seed=1)

@@ -131,6 +131,8 @@ class PackedModel:
     shares: bool
     size: WeightBytes
 
+    @torch.inference_mode(False)  # inference tensors could not be refreshed outside that mode
+    @torch.no_grad()
     def refresh(self, source: nn.Module | Mapping[str, Tensor]) -> None:
         """Take new weights, layer by layer and in place, as after a step of the optimiser.
 
@@ -150,17 +152,16 @@ class PackedModel:
             state[HEAD] = state[_EMBEDDING]
         others = {**dict(self.model.named_parameters()), **_saved_buffers(self.model)}
         _check(state, self._shapes() | {name: tuple(t.shape) for name, t in others.items()})
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                layer.load(state[f"{name}.weight"], state.get(f"{name}.bias"))
-            for name, ours in others.items():
-                theirs = state[name]
-                if ours.data_ptr() == theirs.data_ptr():
-                    continue
-                if self.shares:
-                    _replace(self.model, name, theirs.to(ours, copy=True))
-                else:
-                    ours.copy_(theirs)
+        for name, layer in self.layers.items():
+            layer.load(state[f"{name}.weight"], state.get(f"{name}.bias"))
+        for name, ours in others.items():
+            theirs = state[name]
+            if ours.data_ptr() == theirs.data_ptr():
+                continue
+            if self.shares:
+                _replace(self.model, name, theirs.to(ours, copy=True))
+            else:
+                ours.copy_(theirs)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the packed layers hold."""
@@ -177,6 +178,8 @@ def can_pack(model: CascadeVLForConditionalGeneration) -> bool:
     return _obstacle(model) is None
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def pack(
     model: CascadeVLForConditionalGeneration,
     precision: Precision,
