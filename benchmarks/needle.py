@@ -27,11 +27,10 @@ from matplotlib.figure import Figure
 
 from cascadevl.data.mixture import WeightedSource
 from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.engine.conversation import answer
 from cascadevl.eval.suite import Asked, SuiteRow, draw_row, most_frequent
-from cascadevl.model.decoding import Decoder, prepare
 from cascadevl.model.loading import load
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
-from cascadevl.model.sampling import Sampling
 from cascadevl.model.v2pe import choose_increment
 from cascadevl.tasks.base import Task, TaskSource, to_prompt
 from cascadevl.tasks.easy_vqa import EasyVQA
@@ -152,7 +151,6 @@ def answers_right(
     The prompts of a question differ in positions alone, so its pictures are encoded once.
     """
     right: dict[str, list[bool]] = defaultdict(list)
-    ends = frozenset(processor.stop_token_ids(None))
     for each in asked:
         example = processor.prompt(to_prompt(each.scene, each.question))
         visual = sum(example.tiles_per_image) * processor.tokens_per_tile
@@ -160,29 +158,12 @@ def answers_right(
         auto = choose_increment(text, visual, num_new_tokens=ANSWER_TOKENS, trained_context=context)
         names = {"auto": auto} | {label(value): value for value in INCREMENTS}
         steps = sorted(set(names.values()))
-        prompts = [
-            prepare(model, example, number, ANSWER_TOKENS, step)
-            for number, step in enumerate(steps)
-        ]
-        texts = greedy(Decoder(model, Sampling()), processor, prompts, ends)
+        said = answer(model, processor, [example] * len(steps), max_new_tokens=40, increments=steps)
+        texts = [one.text for one in said]
         given = dict(zip(steps, texts, strict=True))
         for name, step in names.items():
             right[name].append(each.question.check(given[step]))
     return right
-
-
-def greedy(
-    decoder: Decoder, processor: CascadeVLProcessor, prompts: Sequence[Any], ends: frozenset[int]
-) -> list[str]:
-    """The likeliest answers of a batch of prompts."""
-    tokens: list[list[int]] = [[] for _ in prompts]
-    ended: set[int] = set()
-    for number, token in decoder.tokens(prompts, ended):
-        if token in ends or len(tokens[number]) == 40:
-            ended.add(number)
-        else:
-            tokens[number].append(token)
-    return [processor.decode(each, skip_special_tokens=True) for each in tokens]
 
 
 def label(increment: float) -> str:

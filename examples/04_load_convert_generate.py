@@ -17,8 +17,8 @@ import cascadevl
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.tiling import TilingConfig
 from cascadevl.data.tokenizer import build_tokenizer
+from cascadevl.engine.conversation import answer
 from cascadevl.model.conversion import convert
-from cascadevl.model.generation import answer
 from cascadevl.model.loading import save
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.presets import initialise, nano_config

@@ -12,8 +12,8 @@ from tests.model import make_checkpoints
 
 from cascadevl.cli.chat import Chat, user_message
 from cascadevl.cli.main import main
+from cascadevl.engine import engine
 from cascadevl.errors import RequestError
-from cascadevl.model import generation
 from cascadevl.types import ImageRef, Message
 
 
@@ -211,9 +211,9 @@ def test_a_real_model_is_asked_with_the_increment_and_the_limit_of_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ):
     prepared = []
-    prepare = generation.prepare
+    prepare = engine.prepare
     monkeypatch.setattr(
-        generation, "prepare", lambda *all_: prepared.append(prepare(*all_)) or prepared[-1]
+        engine, "prepare", lambda *all_: prepared.append(prepare(*all_)) or prepared[-1]
     )
     model = make_checkpoints.write_github(tmp_path / "model", "qwen3")
     words = ["chat", str(model), "--image", str(picture), "--question", "What?"]

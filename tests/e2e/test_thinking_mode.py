@@ -20,8 +20,8 @@ from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.prompts import THINKING_PROMPT
 from cascadevl.data.tiling import TilingConfig
 from cascadevl.data.tokenizer import build_tokenizer
+from cascadevl.engine.conversation import answer
 from cascadevl.eval.responder import ModelResponder, Responder, Sampler
-from cascadevl.model.generation import answer
 from cascadevl.model.loading import save
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.presets import initialise, nano_config

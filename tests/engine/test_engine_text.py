@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine.small_talk import build, conversations, model_for, picture
 from tests.model.small import TOKENS_PER_TILE
-from tests.model.test_generation import build, conversations, model_for, picture
 
 from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.engine.conversation import answer
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.requests import EngineConfig, Request
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import RequestError
-from cascadevl.model.generation import answer
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.model.v2pe import increment_of
 from cascadevl.types import ImageRef, Message
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6}
@@ -63,20 +64,23 @@ QUESTION = [Message.of("user", "one")]
 
 @pytest.mark.parametrize("ceil", [False, True], ids=["as printed", "ceil"])
 @pytest.mark.parametrize("text", [{}, WINDOWS], ids=["full", "windows"])
-def test_conversations_are_answered_as_one_packed_pass_answers_them(
+def test_greedy_answers_equal_transformers_generate(
     processor: CascadeVLProcessor, text: dict[str, Any], ceil: bool
 ) -> None:
     model = model_for(processor, increment=0.125, ceil_after_image=ceil, text=text)
-    expected = answer(model, processor, conversations(), max_new_tokens=9)
-    how = SamplingParams(max_tokens=9)
-    found = engine_for(model, processor).generate(
-        asked(processor, talk, how) for talk in conversations()
-    )
-    for (mine,), theirs in zip(found, expected, strict=True):
-        assert mine.text == theirs.text
-        assert mine.token_ids == theirs.token_ids
-        assert mine.finish_reason == theirs.finish_reason
-        assert mine.increments == theirs.increments
+    answers = answer(model, processor, conversations(), max_new_tokens=10)
+    ends = list(processor.stop_token_ids())
+    for conversation, got in zip(conversations(), answers, strict=True):
+        inputs = processor.batch([processor.prompt(conversation)], return_tensors="pt")
+        settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": ends}
+        output = model.generate(**inputs, **settings, pad_token_id=ends[0])
+        expected = output[0, inputs["input_ids"].shape[1] :].tolist()
+        if expected[-1] in ends:
+            assert got.finish_reason == "stop"
+            expected.pop()
+        else:
+            assert got.finish_reason == "length"
+        assert list(got.token_ids) == expected
 
 
 def test_auto_gives_every_request_the_largest_increment_that_fits(
@@ -85,12 +89,16 @@ def test_auto_gives_every_request_the_largest_increment_that_fits(
     talks = conversations()
     longest = max(len(processor.prompt(talk).input_ids) for talk in talks)
     model = model_for(processor, increment="auto", trained_context=longest + 12)
-    expected = answer(model, processor, talks, max_new_tokens=6)
-    how = SamplingParams(max_tokens=6)
-    found = engine_for(model, processor).generate(asked(processor, talk, how) for talk in talks)
-    assert len({each.increments[:1] for (each,) in found}) > 2
-    assert [each.increments for (each,) in found] == [each.increments for each in expected]
-    assert [each.token_ids for (each,) in found] == [each.token_ids for each in expected]
+    together = answer(model, processor, talks, max_new_tokens=6)
+    assert len({each.increments[:1] for each in together}) > 2
+    for talk, found in zip(talks, together, strict=True):
+        assert answer(model, processor, [talk], max_new_tokens=6) == [found]
+        example = processor.prompt(talk)
+        tokens = [tiles * TOKENS_PER_TILE for tiles in example.tiles_per_image]
+        if tokens:
+            text = len(example.input_ids) - len(tokens)
+            expected = increment_of(model.config, text, tokens, 6)
+            assert found.increments == (expected,) * len(tokens)
 
 
 def test_given_increments_are_taken_and_must_be_as_many_as_pictures(
@@ -99,10 +107,16 @@ def test_given_increments_are_taken_and_must_be_as_many_as_pictures(
     model = model_for(processor, increment="auto", trained_context=4096)
     talk = [Message.of("user", ImageRef(picture(0)), ImageRef(picture(1)), "two")]
     engine, how = engine_for(model, processor), SamplingParams(max_tokens=4)
-    request = asked(processor, talk, how, increments=(0.25, 1 / 64))
-    ((found,),) = engine.generate([request])
-    (expected,) = answer(model, processor, [talk], max_new_tokens=4, increments=[(0.25, 1 / 64)])
-    assert (found.increments, found.token_ids) == ((0.25, 1 / 64), expected.token_ids)
+    both = [(0.25, 1 / 64), (1 / 64, 0.25)]
+    (first,), (second,) = engine.generate(
+        asked(processor, talk, how, increments=each) for each in both
+    )
+    assert [first.increments, second.increments] == both
+    inputs = processor.batch([processor.prompt(talk)], return_tensors="pt")
+    settings = {"max_new_tokens": 4, "do_sample": False, "increments": both[0]}
+    output = model.generate(**inputs, **settings, eos_token_id=list(processor.stop_token_ids()))
+    said = output[0, inputs["input_ids"].shape[1] :].tolist()
+    assert list(first.token_ids) == said[: len(first.token_ids)]
     with pytest.raises(RequestError, match="3 increments for 2 images"):
         engine.add(asked(processor, talk, how, increments=(1.0, 1.0, 1.0)))
 
@@ -249,3 +263,50 @@ def test_usage_counts_visual_tokens(processor: CascadeVLProcessor) -> None:
     visual = example.num_tiles * TOKENS_PER_TILE
     assert found.usage.visual_tokens == visual
     assert found.usage.prompt_tokens == len(example.input_ids) - 1 + visual
+
+
+# Many conversations in one call
+
+
+def test_drawn_answers_depend_on_seed_and_place_alone(processor: CascadeVLProcessor) -> None:
+    model = model_for(processor)
+    talks = conversations()
+
+    def draw(seed: int, prompts: list[Any], **config: int) -> list[tuple[int, ...]]:
+        answers = answer(
+            model,
+            processor,
+            prompts,
+            max_new_tokens=6,
+            temperature=1.0,
+            seed=seed,
+            config=EngineConfig(**{"num_pages": 100} | config),
+        )
+        return [each.token_ids for each in answers]
+
+    together = draw(1, talks)
+    assert draw(1, talks, max_running=2) == together
+    assert draw(1, talks[:3]) == together[:3]
+    assert draw(2, talks) != together
+    assert together[0] != together[5]  # the same question at two places
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_computed(
+    processor: CascadeVLProcessor,
+) -> None:
+    model = model_for(processor, trained_context=30)
+    model.model.vision_tower.register_forward_hook(lambda *_: pytest.fail("it was computed"))
+    with pytest.raises(RequestError, match="trained for 30"):
+        answer(model, processor, conversations()[:1], max_new_tokens=30)
+
+
+def test_a_picture_that_several_show_is_encoded_once(processor: CascadeVLProcessor) -> None:
+    model = model_for(processor)
+    tiles: list[int] = []
+    model.model.vision_tower.register_forward_hook(
+        lambda _, __, output: tiles.append(len(output.last_hidden_state))
+    )
+    same = picture(0, (28, 28))
+    talks = [[Message.of("user", ImageRef(same), q)] for q in ("one", "two", "three")]
+    answer(model, processor, talks, max_new_tokens=1)
+    assert tiles == [1]

@@ -10,10 +10,10 @@ from cascadevl.data.conversation import IMAGE_CONTEXT
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.tiling import TilingConfig
 from cascadevl.data.tokenizer import build_tokenizer
+from cascadevl.engine.conversation import answer
 from cascadevl.eval.responder import ModelResponder
 from cascadevl.eval.runner import run_suite
 from cascadevl.eval.suite import draw_row
-from cascadevl.model.generation import answer
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.presets import nano_config
 from cascadevl.tasks.base import to_prompt

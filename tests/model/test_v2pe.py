@@ -24,9 +24,11 @@ from transformers import InternVLForConditionalGeneration
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.tiling import TilingConfig
 from cascadevl.data.tokenizer import build_tokenizer
+from cascadevl.engine.conversation import Session, answer
+from cascadevl.engine.engine import Engine
+from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import RequestError
 from cascadevl.model.conversion import convert
-from cascadevl.model.generation import answer, stream
 from cascadevl.model.loading import load, save
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.v2pe import (
@@ -324,7 +326,7 @@ def test_a_new_token_sits_one_behind_the_last_whatever_the_increments(
         ids = processor.batch([processor.prompt(talk)])["input_ids"][0]
         tokens = [IMAGE if token == processor.image_token_id else T for token in ids]
         ends.append(walked(tokens, [True] * len(tokens), increments, ceil)[-1])
-    steps = [each[:, 0].tolist() for each in seen[1:]]
+    steps = [each[0].tolist() for each in seen[1:]]
     assert len(steps) == 3
     for number, step in enumerate(steps, start=1):
         assert sorted(step) == sorted(end + number for end in ends)
@@ -362,7 +364,8 @@ def test_an_examples_own_increments_are_answered_with(processor: CascadeVLProces
     assert second.increments == (0.25, 1 / 256)
     assert third.increments == (0.5, 0.5)
     seen = recorded(model)
-    streamed = stream(model, processor, drawn, max_new_tokens=3)
+    engine = Engine(model, processor)
+    streamed = Session(engine=engine, sampling=SamplingParams(max_tokens=3)).ask(drawn)
     assert streamed.answer().token_ids == second.token_ids
     assert streamed.increments == (0.25, 1 / 256)
     steps = np.diff(seen[0][0].numpy())

@@ -19,12 +19,14 @@ from tests.workflows.small_nano import shrink
 
 import cascadevl
 from cascadevl.cli.main import main
+from cascadevl.engine.conversation import Session
+from cascadevl.engine.engine import Engine
+from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import TrainingError
 from cascadevl.eval.report import StageScores, percent
 from cascadevl.eval.responder import ModelResponder
 from cascadevl.eval.runner import Score, run_suite
 from cascadevl.eval.suite import draw_row
-from cascadevl.model.generation import stream
 from cascadevl.scoring.metrics import Estimate
 from cascadevl.tasks.base import to_prompt
 from cascadevl.workflows import demonstration, nano, watching
@@ -98,7 +100,8 @@ def test_chat_opens_the_left_model(
     model, processor = cascadevl.load(str(out / "model"))
     asked = draw_row(nano.suite(1)[1], split="test", seed=demonstration.EXAM_SEED)[0]
     prompt = to_prompt(asked.scene, asked.question)
-    said = "".join(stream(model, processor, prompt, max_new_tokens=5, temperature=3.0, seed=4))
+    wishes = SamplingParams(max_tokens=5, temperature=3.0, seed=4)
+    said = Session(engine=Engine(model, processor), sampling=wishes).ask(prompt).answer().text
     assert said.strip()
     assert capsys.readouterr().out == f"{said}\n"
 

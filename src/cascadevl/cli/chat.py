@@ -116,18 +116,23 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     import cascadevl
-    from cascadevl.model import generation
+    from cascadevl.engine import conversation
+    from cascadevl.engine.engine import Engine
+    from cascadevl.engine.sampling import SamplingParams
     from cascadevl.model.loading import find
-    from cascadevl.model.sampling import Sampling
 
     console, device, folder = Console(), usable_device(args.device), find(args.model)
     with Console(stderr=True).status(f"loading {args.model}"):
         model, processor = cascadevl.load(folder, device=device)
-    session = generation.Session(
-        model=model,
-        processor=processor,
-        max_new_tokens=args.max_new_tokens,
-        sampling=Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed),
+    wishes = SamplingParams(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        max_tokens=args.max_new_tokens,
+    )
+    session = conversation.Session(
+        engine=Engine(model, processor),
+        sampling=wishes,
         increments=args.increment,
         thinking={"on": True, "off": False, None: None}[args.thinking],
     )

@@ -36,10 +36,54 @@ class Steps(Protocol):
         """Compute a step of all requests."""
         ...
 
+    def increments(self, request_id: int) -> tuple[float, ...]:
+        """Position step with which each picture of an open request is read."""
+        ...
+
     @property
     def num_waiting(self) -> int:
         """Requests that wait for their turn."""
         ...
+
+
+class TokenStream(Iterator[TokenOutput]):
+    """The tokens of one request as they come. Read it to the end, or close it.
+
+    Attributes:
+        increments: Position step with which each picture is read (V2PE).
+        completions: Answers that have ended.
+    """
+
+    def __init__(self, boxes: Boxes, number: int, box: Box, num_samples: int) -> None:
+        """Bind the box of a request."""
+        self.increments = boxes.engine.increments(number)
+        self.completions: list[Completion] = []
+        self._boxes, self._number, self._box = boxes, number, box
+        self._num_samples, self._is_closed = num_samples, False
+
+    def __next__(self) -> TokenOutput:
+        """The next token, of whichever sample."""
+        while not self._is_closed:
+            while self._box:
+                output = self._box.popleft()
+                if isinstance(output, TokenOutput):
+                    return output
+                self.completions.append(output)
+            if len(self.completions) == self._num_samples:
+                self.close()
+                break
+            try:
+                self._boxes.engine.step()
+            except BaseException:
+                self.close()
+                raise
+        raise StopIteration
+
+    def close(self) -> None:
+        """Call off what has not been answered; nothing more comes."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._boxes.leave(self._number)
 
 
 class Boxes:
@@ -47,7 +91,7 @@ class Boxes:
 
     def __init__(self, engine: Steps) -> None:
         """Begin with none."""
-        self._engine = engine
+        self.engine = engine
         self._boxes: dict[int, Box] = {}
         self._stepping: asyncio.Future[StepResult] | None = None
 
@@ -66,18 +110,18 @@ class Boxes:
         more = iter(requests)
         try:
             while self._add_some(more, answers, left) or left:
-                self._engine.step()
+                self.engine.step()
                 for number in list(left):
                     self._empty(number, answers[number], left)
         finally:
             for number in left:
-                self._leave(number)
+                self.leave(number)
         return [tuple(sorted(each, key=lambda c: c.sample)) for each in answers.values()]
 
-    def stream(self, request: Request) -> Iterator[TokenOutput]:
+    def stream(self, request: Request) -> TokenStream:
         """Tokens of one request; see `Engine.stream`."""
         number, box = self._enter(replace(request, stream=True))
-        return self._streamed(number, box, request.num_samples)
+        return TokenStream(self, number, box, request.num_samples)
 
     def astream(self, request: Request) -> AsyncIterator[TokenOutput]:
         """Tokens of one request for asyncio; see `Engine.astream`."""
@@ -85,20 +129,21 @@ class Boxes:
         return self._astreamed(number, box, request.num_samples)
 
     def _enter(self, request: Request) -> tuple[int, Box]:
-        number = self._engine.add(request)
+        number = self.engine.add(request)
         self._boxes[number] = deque()
         return number, self._boxes[number]
 
-    def _leave(self, number: int) -> None:
+    def leave(self, number: int) -> None:
+        """Wait no more; the request is called off unless it has been answered."""
         del self._boxes[number]
-        self._engine.cancel(number)
+        self.engine.cancel(number)
 
     def _add_some(
         self, more: Iterator[Request], answers: dict[int, list[Completion]], left: dict[int, int]
     ) -> bool:
         """Add requests while few wait; whether one was added."""
         added = False
-        while self._engine.num_waiting < _AHEAD:
+        while self.engine.num_waiting < _AHEAD:
             request = next(more, None)
             if request is None:
                 return added
@@ -117,18 +162,6 @@ class Boxes:
         if not left[number]:
             del left[number], self._boxes[number]
 
-    def _streamed(self, number: int, box: Box, left: int) -> Iterator[TokenOutput]:
-        try:
-            while left:
-                while not box:
-                    self._engine.step()
-                output = box.popleft()
-                if isinstance(output, TokenOutput):
-                    left -= output.finish_reason is not None
-                    yield output
-        finally:
-            self._leave(number)
-
     async def _astreamed(self, number: int, box: Box, left: int) -> AsyncIterator[TokenOutput]:
         try:
             while left:
@@ -139,15 +172,15 @@ class Boxes:
                     left -= output.finish_reason is not None
                     yield output
         finally:
-            self._leave(number)
+            self.leave(number)
 
     async def _step_in_thread(self, box: Box) -> None:
         """Wait for the step being computed, or begin one; all who wait share it."""
         if self._stepping is None or self._stepping.done():
-            self._stepping = asyncio.ensure_future(asyncio.to_thread(self._engine.step))
+            self._stepping = asyncio.ensure_future(asyncio.to_thread(self.engine.step))
         try:
             await asyncio.shield(self._stepping)
         except LogitsError:
-            await asyncio.to_thread(self._engine.step)  # reports whose answers were given up
+            await asyncio.to_thread(self.engine.step)  # reports whose answers were given up
             if any(isinstance(o, TokenOutput) and o.finish_reason == "cancelled" for o in box):
                 raise

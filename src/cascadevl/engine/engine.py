@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.answers import AnswerState, OpenRequest, answer_state, token_logprobs
-from cascadevl.engine.boxes import Boxes
+from cascadevl.engine.boxes import Boxes, TokenStream
 from cascadevl.engine.choosing import Chooser
 from cascadevl.engine.jobs import Job, Plan
 from cascadevl.engine.packed_weights import PackedModel
@@ -110,8 +110,13 @@ class Engine:
         self._scheduler.check_size(len(prompt.tokens), request.sampling.max_tokens)
         self._chooser.check(request)
         asked = OpenRequest(next(self._numbers), request, prompt, request.num_samples)
+        self._open[asked.number] = asked
         self._inbox.append(asked)
         return asked.number
+
+    def increments(self, request_id: int) -> tuple[float, ...]:
+        """Position step with which each picture is read, of a request that is not answered yet."""
+        return self._open[request_id].prompt.increments
 
     def cancel(self, request_id: int) -> None:
         """Call a request off; what it holds is free at once, or after the step being computed.
@@ -168,8 +173,8 @@ class Engine:
         """
         return self._boxes.generate(requests)
 
-    def stream(self, request: Request) -> Iterator[TokenOutput]:
-        """The tokens of a request as they come; closing the iterator calls the request off.
+    def stream(self, request: Request) -> TokenStream:
+        """The tokens of a request as they come; closing the stream calls the request off.
 
         Args:
             request: What is asked; every token is reported, whether ``stream`` is set or not.
@@ -240,7 +245,6 @@ class Engine:
         while self._inbox:
             each = self._inbox.popleft()
             if isinstance(each, OpenRequest):
-                self._open[each.number] = each
                 self._scheduler.add(each.leader(self.config.page_tokens))
             elif each in self._open:
                 self._call_off(self._open[each])

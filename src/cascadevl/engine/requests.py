@@ -185,7 +185,8 @@ class EngineConfig:
 
     Attributes:
         page_tokens: Tokens whose keys and values one page holds.
-        cache_bytes: Memory for keys and values of all pages together.
+        cache_bytes: Memory for keys and values of all pages together; on a CPU it is taken as pages
+            are first used.
         num_pages: Number of pages instead, whatever they weigh.
         max_running: Most answers computed at once; more wait.
         max_step_tokens: Most tokens of one step, decoded ones included; longer prompts are read in
@@ -198,7 +199,7 @@ class EngineConfig:
     """
 
     page_tokens: int = 16
-    cache_bytes: int = 2**30
+    cache_bytes: int = 2**32
     num_pages: int | None = None
     max_running: int = 1024
     max_step_tokens: int = 2048

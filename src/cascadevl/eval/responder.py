@@ -1,4 +1,4 @@
-"""Whatever answers: a model of this process, a server behind a URL, an engine later.
+"""Whatever answers: a model of this process, or a server behind a URL.
 
 Evaluation knows responders only through this Protocol, so that the same suite measures a
 checkpoint, a best-of-N scheme or a URL.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 from cascadevl.data.processor import CascadeVLProcessor
-from cascadevl.model.generation import answer
+from cascadevl.engine.conversation import answer
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.types import Message
 

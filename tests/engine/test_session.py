@@ -13,13 +13,15 @@ from tests.model.small import PX, TOKENS_PER_TILE, small_model
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.tiling import TilingConfig
 from cascadevl.data.tokenizer import build_tokenizer
+from cascadevl.engine.conversation import Session, answer
+from cascadevl.engine.engine import Engine
+from cascadevl.engine.requests import EngineConfig, Request
+from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import RequestError
-from cascadevl.model import conversation_cache
-from cascadevl.model.generation import Session, answer, stream
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
-from cascadevl.model.sampling import Sampling
 from cascadevl.types import ImageRef, Message
 
+PAGE = 2
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6}
 
 
@@ -64,6 +66,11 @@ class Counts:
         return read, tiles
 
 
+def text_before(processor: CascadeVLProcessor, talk: list[Message]) -> int:
+    """Tokens before the first picture."""
+    return processor.prompt(talk).input_ids.tolist().index(processor.image_token_id)
+
+
 def user(*parts: str | ImageRef) -> Message:
     return Message.of("user", *parts)
 
@@ -81,9 +88,16 @@ LARGE, WIDE, SMALL, TALL = (
 
 
 def session_for(
-    model: CascadeVLForConditionalGeneration, processor: CascadeVLProcessor, **settings: Any
+    model: CascadeVLForConditionalGeneration,
+    processor: CascadeVLProcessor,
+    *,
+    max_step_tokens: int = 512,
+    max_tokens: int = 5,
+    **settings: Any,
 ) -> Session:
-    return Session(model=model, processor=processor, **{"max_new_tokens": 5} | settings)
+    config = EngineConfig(num_pages=2000, page_tokens=PAGE, max_step_tokens=max_step_tokens)
+    settings = {"sampling": SamplingParams(max_tokens=max_tokens)} | settings
+    return Session(engine=Engine(model, processor, config), **settings)
 
 
 @pytest.mark.parametrize("ceil", [False, True], ids=["as printed", "ceil"])
@@ -94,11 +108,9 @@ def test_every_turn_is_answered_as_if_it_were_read_anew(
     text: dict[str, Any],
     ceil: bool,
     piece: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(conversation_cache, "_PIECE_TOKENS", piece)
     model = model_for(processor, text, increment=0.125, ceil_after_image=ceil)
-    session = session_for(model, processor)
+    session = session_for(model, processor, max_step_tokens=piece)
     talk: list[Message] = []
     for turn in (user("How many?"), user(WIDE, "\nAnd here?"), user("3?"), user(SMALL, TALL, "?")):
         talk.append(turn)
@@ -114,7 +126,7 @@ def test_logits_of_a_continued_conversation_equal_those_of_one_read_anew(
     model = model_for(processor, WINDOWS, increment=1 / 16)
     seen: list[torch.Tensor] = []
     model.lm_head.register_forward_hook(lambda _, __, output: seen.append(output))
-    session = session_for(model, processor, max_new_tokens=1)
+    session = session_for(model, processor, max_tokens=1)
     talk = [user(WIDE, "\nHow many?")]
     talk.append(said(session.ask(talk).answer().text))
     talk.append(user(SMALL, "\nAnd here?"))
@@ -162,12 +174,11 @@ def test_a_turn_taken_back_or_changed_is_not_remembered(processor: CascadeVLProc
 
 @pytest.mark.parametrize("when", range(1, 8))
 def test_an_interrupted_answer_leaves_nothing_wrong_behind(
-    processor: CascadeVLProcessor, when: int, monkeypatch: pytest.MonkeyPatch
+    processor: CascadeVLProcessor, when: int
 ) -> None:
     """Ctrl-C in the middle of a forward pass: some layers have the new tokens, others do not."""
-    monkeypatch.setattr(conversation_cache, "_PIECE_TOKENS", 7)
     model = model_for(processor, increment=0.25)
-    session = session_for(model, processor)
+    session = session_for(model, processor, max_step_tokens=7)
     talk = [user(WIDE, "\nHow many?")]
     calls = 0
 
@@ -226,7 +237,8 @@ def test_the_increment_stays_until_the_conversation_no_longer_fits(
     reply = session.ask(longer)
     assert reply.increments == (0.25,)
     assert reply.answer() == answer(model, processor, [longer], max_new_tokens=5)[0]
-    assert counts.take()[0] == 2 * (second + 20)  # all of it was read anew, twice
+    known = text_before(processor, talk) // PAGE * PAGE  # sits where it did before
+    assert counts.take()[0] == 2 * (second + 20) - known  # all else was read anew, twice
     reply = session.ask(talk)  # it would fit with 1/2 again, but the conversation has begun
     assert reply.increments == (0.25,)
     session.reset()
@@ -241,7 +253,7 @@ def test_reading_again_encodes_no_picture_again(processor: CascadeVLProcessor) -
     read = counts.take()
     session.increments = 0.25
     session.ask(talk).answer()
-    assert counts.take() == (read[0], 0)
+    assert counts.take() == (read[0] - text_before(processor, talk) // PAGE * PAGE, 0)
 
 
 def test_where_it_still_fits_a_later_picture_gets_the_same_increment(
@@ -291,7 +303,8 @@ def test_an_answer_says_how_it_ended_while_it_comes_and_afterwards(
 ) -> None:
     model = model_for(processor)
     talk = [user(WIDE, "\nHow many?")]
-    pieces = stream(model, processor, talk, max_new_tokens=7)
+    session = session_for(model, processor, max_tokens=7)
+    pieces = session.ask(talk)
     assert pieces.finish_reason is None
     text = "".join(pieces)
     assert pieces.finish_reason == "length"
@@ -299,16 +312,17 @@ def test_an_answer_says_how_it_ended_while_it_comes_and_afterwards(
     assert (whole.text, len(whole.token_ids), whole.finish_reason) == (text, 7, "length")
     # Whatever token comes third is made the end of a turn.
     model.generation_config.eos_token_id = whole.token_ids[2]
-    pieces = stream(model, processor, talk, max_new_tokens=7)
+    pieces = session.ask(talk)
     assert "".join(pieces) == processor.decode(whole.token_ids[:2], skip_special_tokens=True)
     assert pieces.finish_reason == "stop"
 
 
-def test_drawn_answers_of_a_session_are_those_of_a_stream(processor: CascadeVLProcessor) -> None:
+def test_drawn_answers_of_a_session_are_those_of_its_request(processor: CascadeVLProcessor) -> None:
     model = model_for(processor)
     talk = [user(WIDE, "\nHow many?")]
-    how = {"temperature": 0.9, "top_p": 0.95, "seed": 3}
-    session = session_for(model, processor, sampling=Sampling(**how))
+    how = SamplingParams(temperature=0.9, top_p=0.95, seed=3, max_tokens=5)
+    session = session_for(model, processor, sampling=how)
+    request = Request(prompt=processor.prompt(talk), sampling=how)
+    ((expected,),) = Engine(model, processor).generate([request])
     for _ in range(2):
-        expected = stream(model, processor, talk, max_new_tokens=5, **how).answer()
-        assert session.ask(talk).answer() == expected
+        assert session.ask(talk).answer().token_ids == expected.token_ids
