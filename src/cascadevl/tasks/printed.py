@@ -164,7 +164,8 @@ def ask(generator: np.random.Generator, kind: str, lines: Lines, num_phrasings: 
         options = list(lines[0]) if kind == "nth_word" else [" ".join(line) for line in lines]
         number = int(generator.integers(len(options)))
         return Question(prompt=prompt.format(number + 1), answer=options[number], kind=kind)
-    reasoning = spelled(lines[0][0]) if kind == "num_letters" else None
+    # Letters are what is seen; a tokenizer cuts words elsewhere.
+    reasoning = spelled(lines[0][0]) if kind in ("word", "num_letters") else None
     return Question(prompt=prompt, answer=_ANSWERS[kind](lines), kind=kind, reasoning=reasoning)
 
 
