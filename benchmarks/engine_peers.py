@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,10 +193,10 @@ class Transformers:
     def __init__(
         self, model: CascadeVLForConditionalGeneration, attention: str, cache: str
     ) -> None:
-        """Build the peer around our tensors."""
+        """Build the peer around our tensors; the settings are its own, as attention is one."""
         with torch.device("meta"):
             self.model = InternVLForConditionalGeneration._from_config(
-                model.config, attn_implementation=attention, dtype=model.dtype
+                copy.deepcopy(model.config), attn_implementation=attention, dtype=model.dtype
             )
         self.model.load_state_dict(model.state_dict(), assign=True)
         # Buffers that are no part of a state, above all the rotary frequencies.

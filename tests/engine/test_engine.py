@@ -33,7 +33,7 @@ from cascadevl.engine.requests import (
     TextIds,
 )
 from cascadevl.engine.sampling import SamplingParams
-from cascadevl.errors import CheckpointError, LogitsError, RequestError
+from cascadevl.errors import CheckpointError, ConfigError, LogitsError, RequestError
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.types import VisualFeatures
 
@@ -344,6 +344,15 @@ def test_the_mode_of_the_model_is_left_as_it_was() -> None:
 
 
 # What is refused
+
+
+def test_an_attention_that_knows_no_pages_is_refused() -> None:
+    model = small_model()
+    model.model.language_model.set_attn_implementation("eager")
+    with pytest.raises(ConfigError, match="attention by 'eager', which knows no pages"):
+        engine_for(model).generate(requests()[:1])
+    model.model.language_model.set_attn_implementation("cascadevl")
+    assert engine_for(model).generate(requests()[:1])
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from cascadevl.engine.jobs import Chunk, Job, Plan
 from cascadevl.engine.paged_attention import KeyValueStore, PagedAttention
 from cascadevl.engine.sharing import Group, shared_beginnings
 from cascadevl.engine.vision import Visual
+from cascadevl.errors import ConfigError
+from cascadevl.model.attention import TEXT_ATTENTION
 from cascadevl.model.configuration import attention_windows
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 
@@ -95,7 +97,11 @@ class Runner:
             table: Pages of all lanes.
             visual: Gives visual tokens.
             changes: Changes whenever another set of jobs runs or shares pages.
+
+        Raises:
+            ConfigError: If the text body was given an attention that knows no pages.
         """
+        check_attention(self.model)
         self.store.copy(plan.copies)
         if self.fixed_chunk is not None:
             hidden = self._run_apart(plan, table, visual)
@@ -241,6 +247,21 @@ class Runner:
             positions = _filled(positions, size)
         attend = PagedAttention(self.store, _on(device, inputs.slots), plans)
         return body.run_attending(embeds, positions[None], attend)[0, :number]
+
+
+def check_attention(model: CascadeVLForConditionalGeneration) -> None:
+    """Refuse a text body whose attention would see the new tokens only, and not say so.
+
+    Raises:
+        ConfigError: If it is not our own.
+    """
+    found = model.model.language_model.config._attn_implementation
+    if found != TEXT_ATTENTION:
+        raise ConfigError(
+            f"the text body computes attention by {found!r}, which knows no pages; set it back "
+            f"with model.model.language_model.set_attn_implementation({TEXT_ATTENTION!r}), and "
+            f"give other models a copy of the configuration"
+        )
 
 
 def kv_shape(model: CascadeVLForConditionalGeneration) -> tuple[int, int]:
