@@ -236,6 +236,9 @@ def test_bad_questions_are_counted_with_their_lines_and_tried_again(
     assert [failure.line for failure in report.failures] == [2, 3]
     assert "double quotes" in str(report.failures[0].error)
     assert "missing.png" in str(report.failures[1].error)
+    for failure in report.failures:
+        assert str(failure.error).startswith(f"{file}:{failure.line}: ")
+        assert "prompt" not in str(failure.error)
     assert all(isinstance(failure.error, DataError) for failure in report.failures)
     assert {row["line"] for row in rows(tmp_path / "out.jsonl")} == {1, 4}
 

@@ -196,7 +196,12 @@ class _Asking:
         config = self.config
         root = config.questions.parent if config.root is None else config.root
         name, messages = parse_question(line, file=config.questions, root=root)
-        example = self.processor.prompt(messages, system=config.system, thinking=config.thinking)
+        example = self.processor.builder.prompt(
+            messages,
+            system=config.system,
+            thinking=config.thinking,
+            source=f"{config.questions}:{line.number}",
+        )
         sampling = replace(config.sampling, seed=seed_of(config.sampling.seed, line.number))
         return name, Request(
             prompt=example,
