@@ -4,6 +4,8 @@ Equal answers are proven first: greedy tokens on small shapes of every kind of t
 then, at the measured shape and type, transformers' own tokens are fed to the engine, and each must
 lie within 0.1 of the engine's top logit. Both sides then answer the same prompts with a fixed
 length of answer, interleaved, every side at its best setting found by a sweep that is recorded.
+``--vllm URL --checkpoint FOLDER`` adds a running vLLM server of that checkpoint's language half
+(docs/concepts/vllm.md); all then answer with its weights.
 
 The last line is one JSON document. Run: ``python benchmarks/bench_engine.py --threads 2``;
 ``--rows decode_1 nano`` chooses rows; ``--tiny`` proves that it works, in a minute.
@@ -20,10 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from engine_peers import Case, Ours, Peer, Timing, Transformers, make_case, peer_sweep
+from engine_peers import Case, Ours, Peer, Timing, Transformers, Vllm, make_case, peer_sweep
 from engine_proof import prove_small_bodies, prove_within
 
 from cascadevl.engine.packed_weights import can_pack
+from cascadevl.model.loading import load
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.presets import nano_config
 from cascadevl.model.zoo import config_for
@@ -113,8 +116,12 @@ def _time(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def make_model(preset: str, dtype: torch.dtype) -> CascadeVLForConditionalGeneration:
-    """A model of this shape with random weights, small enough that nothing overflows."""
+def make_model(
+    preset: str, dtype: torch.dtype, checkpoint: Path | None
+) -> CascadeVLForConditionalGeneration:
+    """A model of this shape with random weights; or a checkpoint's instead of the larger one."""
+    if preset != "nano" and checkpoint is not None:
+        return load(checkpoint, dtype=dtype)[0]
     torch.manual_seed(0)
     config = nano_config(2048, image_token_id=7) if preset == "nano" else config_for("InternVL3-1B")
     return CascadeVLForConditionalGeneration(config).to(dtype).eval()
@@ -161,7 +168,7 @@ def compare(name: str, row: Row, arguments: argparse.Namespace) -> dict[str, obj
     """Prove, sweep, then time one row."""
     dtype = torch.float32 if row.preset == "nano" else torch.bfloat16
     preset = "nano" if arguments.tiny else row.preset
-    model = make_model(preset, dtype)
+    model = make_model(preset, dtype, arguments.checkpoint)
     machine = measure_machine(dtype, tiny=arguments.tiny)
     case = make_case(row, model, seed=0)
     theirs, sweep = peer_sweep(model, make_case(row, model, seed=1), Transformers)
@@ -171,6 +178,8 @@ def compare(name: str, row: Row, arguments: argparse.Namespace) -> dict[str, obj
         peers["ours_packed"] = Ours(model, "packed")
         if dtype == torch.bfloat16:
             peers["ours_int8"] = Ours(model, "int8")
+    if arguments.vllm is not None and preset != "nano":
+        peers["vllm"] = Vllm(arguments.vllm, arguments.checkpoint)
     timings: dict[str, list[float]] = {peer: [] for peer in peers}
     for repetition in range(arguments.repeats):
         for peer, answers in peers.items():
@@ -206,9 +215,13 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vllm", metavar="URL", help="a running server; needs --checkpoint")
+    parser.add_argument("--checkpoint", type=Path, help="weights of the rows that are not nano's")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it works")
     parser.add_argument("--out", type=Path, help="write the JSON document here too")
     arguments = parser.parse_args()
+    if arguments.vllm is not None and arguments.checkpoint is None:
+        parser.error("--vllm needs --checkpoint, the weights that the server's were exported from")
     torch.set_num_threads(arguments.threads)
     prove_small_bodies()
     document = {

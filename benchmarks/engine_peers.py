@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,11 +16,15 @@ from torch import Tensor
 from transformers import InternVLForConditionalGeneration, StoppingCriteria, StoppingCriteriaList
 
 from cascadevl.data.tiling import normalise
+from cascadevl.engine.backends import generate
 from cascadevl.engine.engine import Engine
+from cascadevl.engine.http_json import HttpServer
 from cascadevl.engine.packed_weights import Precision, pack
 from cascadevl.engine.requests import EngineConfig, ImageTiles, Request, TextIds
 from cascadevl.engine.sampling import SamplingParams
+from cascadevl.engine.vllm import connect
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.model.vision_half import load_vision_half
 
 
 class Shape(Protocol):
@@ -109,12 +115,11 @@ def make_case(row: Shape, model: CascadeVLForConditionalGeneration, *, seed: int
     config = model.config
     size = config.vision_config.image_size
     px = int(size[0] if isinstance(size, list | tuple) else size)
-    low, high = 100, 2000
+    low, high = 100, min(2000, int(config.text_config.vocab_size))
+    ordinary = [token for token in range(low, high) if token != config.image_token_id]
 
     def texts(length: int) -> list[tuple[int, ...]]:
-        return [
-            tuple(generator.integers(low, high, length).tolist()) for _ in range(row.num_prompts)
-        ]
+        return [tuple(generator.choice(ordinary, length).tolist()) for _ in range(row.num_prompts)]
 
     return Case(
         before=texts(5),
@@ -236,6 +241,45 @@ class Transformers:
             pad_token_id=0,
         )
         return output[:, ids.shape[1] :]
+
+
+class Vllm:
+    """A running vLLM server of the language half; this process encodes the pictures."""
+
+    def __init__(self, url: str, checkpoint: Path) -> None:
+        """Connect.
+
+        Args:
+            url: Base address of the server, ending in ``/v1``.
+            checkpoint: What the server's language half was exported from.
+        """
+        self.backend = connect(*load_vision_half(checkpoint), HttpServer(url=url))
+
+    def time(self, case: Case) -> Timing:
+        """Answer all prompts of a case, all asked at once."""
+        drawn = 1.0 if case.num_samples > 1 else 0.0
+        how = SamplingParams(temperature=drawn, max_tokens=case.new_tokens, ignore_eos=True)
+        one = SamplingParams(max_tokens=1, ignore_eos=True)
+        if case.others:
+            generate(self.backend, case.requests(one, others=True))
+        start = time.perf_counter()
+        firsts: dict[tuple[int, int], float] = {}
+
+        async def listen(number: int, request: Request) -> int:
+            count = 0
+            async for token in self.backend.stream(request):
+                count += 1
+                firsts.setdefault((number, token.sample), time.perf_counter() - start)
+            return count
+
+        async def all_of_them() -> list[int]:
+            requests = enumerate(case.requests(how))
+            return await asyncio.gather(*(listen(*each) for each in requests))
+
+        counts = asyncio.run(all_of_them())
+        whole = time.perf_counter() - start
+        assert counts == [case.num_samples * case.new_tokens] * len(case.questions)
+        return Timing(max(firsts.values()), whole)
 
 
 def peer_sweep(
