@@ -1,9 +1,9 @@
 """Micro on its held-out suite: three sets of questions, intervals, baselines, and the ceiling.
 
 Beside handwritten numbers stands what a support vector machine reads that is given the very same
-scans one by one. Run: ``python benchmarks/examine_micro.py [--model runs/micro/sft/model]``; about
-a quarter of an hour on a quiet core. Prints a table in Markdown; the last line is one JSON
-document.
+scans one by one. About a quarter of an hour on a quiet core. Prints a table in Markdown; the last
+line is one JSON document.
+Run: ``python benchmarks/examine_micro.py [--model runs/micro/anneal/model]``.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "micro",
         help="train the model that comes with the package, from random weights",
         description="Train micro from random weights, stage by stage: a vision tower, a decoder, "
-        "pre-training of the whole, SFT. It takes hours on one core; the same command goes on "
-        "where it was stopped. At the end the model is examined on held-out questions.",
+        "pre-training of the whole, SFT, annealing. It takes hours on one core; the same command "
+        "goes on where it was stopped. At the end the model is examined on held-out questions.",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/micro"), help="folder of all stages (runs/micro)"
@@ -28,7 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--stages",
         nargs="+",
         metavar="STAGE",
-        help="only these: vision, decoder, pretrain, sft; the first two may run side by side",
+        help="only these: vision, decoder (side by side, if you like), pretrain, sft, anneal",
     )
     parser.add_argument(
         "--steps-scale",
