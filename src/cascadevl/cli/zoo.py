@@ -56,10 +56,9 @@ def _print_all(console: Console) -> None:
 def _print_one(name: str, console: Console) -> None:
     from rich.table import Table
 
-    from cascadevl.model.zoo import ZOO, config_for
+    from cascadevl.model.zoo import config_for, released
 
-    config = config_for(name)  # an unknown name ends here, naming the nearest
-    model = next(model for model in ZOO.values() if model.name.lower() == name.lower())
+    config, model = config_for(name), released(name)  # an unknown name ends here
     vision, text = config.vision_config, config.text_config
     active = f", {model.active_billion:g} B of them for a token" if model.active_billion else ""
     table = Table(title=model.name, title_justify="left", show_header=False, box=None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from cascadevl.errors import CheckpointError
 from cascadevl.model.adapter_files import is_adapter_folder
 from cascadevl.model.checkpoint_names import (
     Layout,
+    Reader,
     Recipe,
     detect_layout,
     split_experts,
@@ -128,7 +129,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     expected = expected_shapes(configuration(checkpoint))
     if checkpoint.tied:
         expected.pop(HEAD)
-    _check(checkpoint, expected, unknown)
+    check_tensors(path, checkpoint.recipes, checkpoint.outline, expected, unknown)
     return checkpoint
 
 
@@ -138,21 +139,35 @@ def configuration(checkpoint: Checkpoint) -> CascadeVLConfig:
     Raises:
         CheckpointError: If a value in it means nothing.
     """
-    values = copy.deepcopy(checkpoint.config)  # transformers writes into what it is given
+    return config_object(checkpoint.config, checkpoint.path / "config.json", tied=checkpoint.tied)
+
+
+def config_object(config: Json, file: Path | str, *, tied: bool) -> CascadeVLConfig:
+    """A configuration of the -HF form as an object.
+
+    Args:
+        config: The configuration.
+        file: Where it comes from, for errors.
+        tied: Whether the output head is the token embedding; only the tensors tell.
+
+    Raises:
+        CheckpointError: If a value in it means nothing.
+    """
+    values = copy.deepcopy(config)  # transformers writes into what it is given
     text = values.get("text_config")
     if not isinstance(text, dict):
-        raise CheckpointError(f"{checkpoint.path / 'config.json'} has no 'text_config'")
-    text["tie_word_embeddings"] = values["tie_word_embeddings"] = checkpoint.tied
+        raise CheckpointError(f"{file} has no 'text_config'")
+    text["tie_word_embeddings"] = values["tie_word_embeddings"] = tied
     values.setdefault("template", default_template(text))
     values.setdefault("dtype", values.pop("torch_dtype", None))
     fields = {field.name for field in dataclasses.fields(CascadeVLConfig)}
     try:
-        config = CascadeVLConfig(**{key: values[key] for key in values if key in fields})
+        result = CascadeVLConfig(**{key: values[key] for key in values if key in fields})
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}") from error
+        raise CheckpointError(f"{file}: {error}") from error
     for key in values.keys() - fields - _WRITTEN_ANEW:
-        setattr(config, key, values[key])  # kept, for whoever knows them
-    return config
+        setattr(result, key, values[key])  # kept, for whoever knows them
+    return result
 
 
 def fused_attention(config: Json) -> FusedAttention | None:
@@ -193,15 +208,31 @@ def _hf_form(config: Json, path: Path, *, tied: bool) -> Json:
         ) from error
 
 
-def _check(
-    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], unknown: list[str]
+def check_tensors(
+    path: Path,
+    names: Collection[str],
+    outline: Reader,
+    expected: Mapping[str, tuple[int, ...]],
+    unknown: Iterable[str] = (),
 ) -> None:
-    missing = [name for name in expected if name not in checkpoint.recipes]
-    unexpected = [*unknown, *(name for name in checkpoint.recipes if name not in expected)]
+    """Hold the tensors of a folder against those that its configuration asks for.
+
+    Args:
+        path: The folder.
+        names: Names in the ``hf`` layout of what it holds.
+        outline: Gives shape and type of such a tensor.
+        expected: Shape of every tensor that must be there.
+        unknown: Names in the files that have none in the ``hf`` layout.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected or of another shape.
+    """
+    missing = [name for name in expected if name not in names]
+    unexpected = [*unknown, *(name for name in names if name not in expected)]
     misshapen = [
         f"{name} is {found} but should be {shape}"
         for name, shape in expected.items()
-        if name in checkpoint.recipes and (found := _shape(checkpoint, name)) != shape
+        if name in names and (found := _shape(outline, name)) != shape
     ]
     problems = [
         f"{len(names)} {word} ({_some(names)})"
@@ -219,14 +250,14 @@ def _check(
             else ""
         )
         raise CheckpointError(
-            f"{checkpoint.path}: tensors do not fit config.json: {'; '.join(problems)}{hint}"
+            f"{path}: tensors do not fit config.json: {'; '.join(problems)}{hint}"
         )
 
 
-def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
+def _shape(outline: Reader, name: str) -> tuple[int, ...] | None:
     """A tensor's shape; None if what it is made of cannot even be taken apart."""
     try:
-        return tuple(checkpoint.outline(name).shape)
+        return tuple(outline(name).shape)
     except (RuntimeError, IndexError):
         return None
 

@@ -164,7 +164,7 @@ def _hf_without_origin(config: Json, image_token_id: int | None, tied: bool) -> 
     vision = {**_VISION_DEFAULTS, **config["vision_config"]}
     tile_px = int(config.get("force_image_size") or vision.get("image_size") or 448)
     vision["image_size"] = tile_px
-    text = {**_text_config(config["llm_config"]), "tie_word_embeddings": tied}
+    text = {**language_part(config["llm_config"]), "tie_word_embeddings": tied}
     ratio = float(config.get("downsample_ratio", 0.5))
     dynamic = bool(config.get("dynamic_image_size", False))
     result: Json = {
@@ -178,7 +178,7 @@ def _hf_without_origin(config: Json, image_token_id: int | None, tied: bool) -> 
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": tied,
         "text_config": text,
-        "vision_config": _vision_config(vision),
+        "vision_config": vision_part(vision),
         "template": config.get("template") or default_template(text),
         "system_message": config.get("system_message"),
         # The released configuration class falls back to v1, not to the v2 of every release.
@@ -192,14 +192,30 @@ def _hf_without_origin(config: Json, image_token_id: int | None, tied: bool) -> 
     return {**result, "dtype": dtype} if dtype else result
 
 
-def _vision_config(vision: Json) -> Json:
+def vision_part(vision: Json) -> Json:
+    """The configuration of a vision tower in the -HF form, from that of the GitHub form.
+
+    Args:
+        vision: As its config.json has it; what is left out is as the released class assumes.
+
+    Raises:
+        CheckpointError: If it does not say how large a tile is.
+    """
+    vision = {**_VISION_DEFAULTS, **vision}
+    if "image_size" not in vision:
+        raise CheckpointError("the vision tower's config.json does not say its 'image_size'")
     sides = ("image_size", "patch_size")
     result = {hf: vision[github] for github, hf in _VISION_KEYS.items() if github in vision}
     result |= {key: [result[key], result[key]] for key in sides}
     return {"model_type": "internvl_vision", "architectures": ["InternVLVisionModel"], **result}
 
 
-def _text_config(llm: Json) -> Json:
+def language_part(llm: Json) -> Json:
+    """The configuration of a language model in the -HF form, from its own config.json.
+
+    Raises:
+        CheckpointError: If it is of an unknown family.
+    """
     generation = set(GenerationConfig().to_dict()) - _GENERATION_KEYS_OF_MODELS
     text = {
         key: copy.deepcopy(value)
@@ -266,13 +282,22 @@ def _llm_config(text: Json, tied: bool) -> Json:
         raise CheckpointError(
             f"language model {family!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
         )
-    llm = {key: copy.deepcopy(value) for key, value in text.items() if key != "rope_parameters"}
+    llm = with_old_rope_keys(text)
+    return {**llm, "architectures": [_ARCHITECTURES[family]], "tie_word_embeddings": tied}
+
+
+def with_old_rope_keys(text: Json) -> Json:
+    """A text configuration with ``rope_theta`` and ``rope_scaling``, which every version reads.
+
+    transformers 5 writes both as ``rope_parameters``.
+    """
+    result = {key: copy.deepcopy(value) for key, value in text.items() if key != "rope_parameters"}
     rope = dict(text.get("rope_parameters") or {})
     if "rope_theta" in rope:
-        llm["rope_theta"] = rope.pop("rope_theta")
+        result["rope_theta"] = rope.pop("rope_theta")
     if rope.get("rope_type", "default") != "default":
-        llm["rope_scaling"] = rope
-    return {**llm, "architectures": [_ARCHITECTURES[family]], "tie_word_embeddings": tied}
+        result["rope_scaling"] = rope
+    return result
 
 
 def language_config(config: Json, *, tied: bool, dtype: str) -> Json:
@@ -286,7 +311,7 @@ def language_config(config: Json, *, tied: bool, dtype: str) -> Json:
     Raises:
         CheckpointError: If the language model is of an unknown family.
     """
-    text = _text_config(config.get("text_config") or {})
+    text = language_part(config.get("text_config") or {})
     return {
         **{key: value for key, value in text.items() if key not in ("dtype", "torch_dtype")},
         "architectures": [_ARCHITECTURES[text["model_type"]]],

@@ -13,7 +13,12 @@ import transformers
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from cascadevl.data.conversation import IMAGE_CONTEXT
+from cascadevl.data.conversation import (
+    CONTENT_TOKENS,
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+)
 from cascadevl.data.tokenizer import NAMED_TOKENS
 from cascadevl.errors import CheckpointError
 from cascadevl.model.config_files import read_json
@@ -25,17 +30,37 @@ TOKENIZER_FILES = (
 )
 """Names under which released repositories keep parts of a tokenizer."""
 
+IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT, *CONTENT_TOKENS)
+"""What the released tokenizers have beyond those of their language models, in this order."""
+
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder.
+
+    Args:
+        path: As for `read_tokenizer`.
+
+    Raises:
+        CheckpointError: As `read_tokenizer`, or if the token ``<IMG_CONTEXT>`` is missing.
+    """
+    tokenizer = read_tokenizer(path)
+    if IMAGE_CONTEXT not in tokenizer.get_vocab():
+        raise CheckpointError(
+            f"{path}: the tokenizer has no token {IMAGE_CONTEXT}; it is not an InternVL tokenizer"
+        )
+    return tokenizer
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or of a language model, which knows no pictures.
 
     Args:
         path: A folder with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt`` (Qwen), or
             ``tokenizer.model`` (InternLM).
 
     Raises:
-        CheckpointError: If there is none of these, the files contradict each other about the ids
-            of added tokens, or the token ``<IMG_CONTEXT>`` is missing.
+        CheckpointError: If there is none of these, or the files contradict each other about the
+            ids of added tokens.
     """
     settings, added = _settings(path), _added_tokens(path)
     if (path / "tokenizer.json").is_file():
@@ -62,11 +87,25 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
                 f"{path}: token {token.content!r} should have id {number} but gets "
                 f"{vocab.get(token.content)}; the tokenizer's files do not belong together"
             )
-    if IMAGE_CONTEXT not in vocab:
-        raise CheckpointError(
-            f"{path}: the tokenizer has no token {IMAGE_CONTEXT}; it is not an InternVL tokenizer"
-        )
     return tokenizer
+
+
+def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Add the tokens of the released tokenizers that are missing, in the released order.
+
+    Args:
+        tokenizer: Of a language model; changed in place.
+
+    Returns:
+        Ids of the tokens that are new.
+    """
+    vocab = tokenizer.get_vocab()
+    new = [token for token in IMAGE_TOKENS if token not in vocab]
+    tokenizer.add_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in new], special_tokens=True
+    )
+    vocab = tokenizer.get_vocab()
+    return tuple(vocab[token] for token in new)
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -275,21 +275,35 @@ ZOO: dict[str, ReleasedModel] = {model.name: model for model in _MODELS}
 """All released sizes by name; InternVL2.5-8B is there for VisualPRM-8B, which is built like it."""
 
 
-def config_for(name: str) -> CascadeVLConfig:
-    """The configuration of a released size.
+def released(name: str) -> ReleasedModel:
+    """A released size by its name.
 
     Args:
-        name: A key of `ZOO`, in any case, for example ``"InternVL3.5-8B"``.
+        name: A key of `ZOO`, in any case, for example ``"InternVL3.5-8B"``; ``_`` may stand for
+            the dot, as in the names of repositories.
 
     Raises:
         ConfigError: If there is no such size; names the nearest.
     """
     names = {known.lower(): known for known in ZOO}
-    if name.lower() not in names:
-        near = get_close_matches(name.lower(), names, n=1)
+    wanted = name.lower().replace("_", ".")
+    if wanted not in names:
+        near = get_close_matches(wanted, names, n=1)
         hint = f"; did you mean {names[near[0]]!r}?" if near else f"; known: {', '.join(ZOO)}"
         raise ConfigError(f"no released size is called {name!r}{hint}")
-    model = ZOO[names[name.lower()]]
+    return ZOO[names[wanted]]
+
+
+def config_for(name: str) -> CascadeVLConfig:
+    """The configuration of a released size.
+
+    Args:
+        name: As for `released`.
+
+    Raises:
+        ConfigError: If there is no such size; names the nearest.
+    """
+    model = released(name)
     return CascadeVLConfig(
         vision_config=dict(_VISION[model.vision]),
         text_config=dict(model.text),
