@@ -106,6 +106,21 @@ def test_equals_at_the_border_stay_together():
     assert draws.filtered(flat, *limits(1, top_p=0.3)).gt(0).all()
 
 
+def test_the_nucleus_ends_with_the_token_that_just_reaches_the_share():
+    weights = torch.tensor([[0.25, 0.5, 0.125, 0.125]])
+    weights = torch.nn.functional.pad(weights, (0, draws.BLOCK - 4))
+    for top_p, expected in ((0.5, [1]), (0.75, [0, 1])):
+        kept = draws.filtered(weights, *limits(1, top_p=top_p))
+        assert kept[0].nonzero().flatten().tolist() == expected
+
+
+def test_a_share_that_rounding_puts_out_of_reach_keeps_the_whole_row():
+    """Added to 1 one by one, the small weights are lost; as the sum of a block they are not."""
+    weights = torch.zeros(1, 2 * draws.BLOCK)
+    weights[0, 0], weights[0, draws.BLOCK :] = 1.0, 2.0**-54
+    assert torch.equal(draws.filtered(weights, *limits(1, top_p=ALMOST_ONE)), weights)
+
+
 def test_top_p_is_a_share_of_what_top_k_left():
     weights = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     weights = torch.nn.functional.pad(weights, (0, draws.BLOCK - 4))
@@ -163,3 +178,13 @@ def test_a_token_is_drawn_where_the_sum_exceeds_its_share():
     uniform = column(share / 8 for share in shares)
     got = draws.draw(weights.repeat(len(shares), 1), uniform)
     assert got.tolist() == list(shares.values())
+
+
+def test_small_weights_beside_a_large_one_are_drawn_by_their_share():
+    """In float32, 1 + 2**-30 is 1: none but the last of the small ones would ever come."""
+    small, num = 2.0**-30, 64
+    weights = torch.zeros(1, draws.BLOCK)
+    weights[0, 0], weights[0, 1 : num + 1] = 1.0, small
+    shares = [(1 + (token - 0.5) * small) / (1 + num * small) for token in (1, 11, num)]
+    got = draws.draw(weights.repeat(len(shares), 1), column(shares))
+    assert got.tolist() == [1, 11, num]

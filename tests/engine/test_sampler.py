@@ -212,10 +212,11 @@ def test_a_row_gives_the_same_bits_whatever_stands_beside_it(num: int, vocab: in
         torch.set_num_threads(before)
 
 
-def test_rows_worked_on_in_groups_are_as_in_one(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("chunk", [3 * VOCAB, VOCAB - 1], ids=["three rows", "less than a row"])
+def test_rows_worked_on_in_groups_are_as_in_one(monkeypatch: pytest.MonkeyPatch, chunk: int):
     params, logits = mixed(100), logits_of(100)
     whole = ask(logits, params)
-    monkeypatch.setattr(sampler, "_CHUNK", 3 * VOCAB)
+    monkeypatch.setattr(sampler, "_CHUNK", chunk)
     parts = ask(logits, params)
     assert parts.tokens.tolist() == whole.tokens.tolist()
     assert parts.logprobs.tobytes() == whole.logprobs.tobytes()
@@ -368,6 +369,15 @@ def test_broken_logits_name_their_request_and_leave_the_others(
     assert again.tolist() == ask(logits, params, [8, 9, 10, 11]).tokens[good].tolist()
 
 
+def test_logits_that_are_no_numbers_are_refused_where_nothing_changes_them():
+    """Greedy rows without a penalty take the largest logit as it comes, and NaN is that."""
+    logits = logits_of(3)
+    logits[1, 77] = math.nan
+    with pytest.raises(LogitsError, match="request 1, token 0: the largest logit is nan") as raised:
+        ask(logits, [SamplingParams()] * 3)
+    assert raised.value.places == (1,)
+
+
 def test_a_grammar_that_allows_nothing_is_an_error():
     nothing = Allowed(np.array([1]), torch.zeros(1, VOCAB, dtype=torch.bool))
     for temperature in (0.0, 1.0):
@@ -396,15 +406,6 @@ def test_rows_of_the_table_are_used_again_and_grow():
     logits = logits_of(40)
     got = sample(logits, table, np.arange(40), np.zeros(40, np.int64))
     assert got.tokens.tolist() == ask(logits, wishes).tokens.tolist()
-
-
-@pytest.mark.parametrize("extra", [{"token_ids": [1, VOCAB]}, {"end_ids": [-1]}], ids=str)
-def test_tokens_outside_the_vocabulary_are_refused(extra: dict[str, Any]):
-    table = SamplingTable(VOCAB)
-    with pytest.raises(RequestError, match=r"request names the token .* from 0 to 149"):
-        table.add("request", SamplingParams(), **extra)
-    assert len(table) == 0
-    assert table.add("request", SamplingParams()) == 0
 
 
 def test_an_empty_step_chooses_nothing():

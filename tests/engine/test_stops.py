@@ -15,7 +15,7 @@ from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.tokenizer import SPECIAL_TOKENS, build_tokenizer
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.engine.stops import AnswerText, end_ids
-from cascadevl.engine.text_stream import Scanner, TextStream
+from cascadevl.engine.text_stream import Channels, Scanner, TextStream, Without
 from cascadevl.errors import RequestError
 from cascadevl.model.internlm import convert_sentencepiece
 
@@ -194,6 +194,17 @@ def test_bytes_that_never_become_a_character_are_given_at_the_end(processor: Cas
     assert run(processor, [*ids[:3], end_of(processor)])[0].text == "\ufffd"
 
 
+def test_an_added_token_is_written_as_it_is():
+    """Its letters are no bytes, unlike those of all other tokens."""
+    tokenizer = build_tokenizer(WORDS, 300)
+    tokenizer.add_tokens(["<a 三>"])
+    added = CascadeVLProcessor(tokenizer, system_message="")
+    ids = ids_of(added, "one<a 三> 京")
+    assert len(added.tokenizer) - 1 in ids
+    answer, _ = run(added, [*ids, end_of(added)])
+    assert answer.text == "one<a 三> 京"
+
+
 def test_grounding_tokens_stay_and_control_tokens_go(processor: CascadeVLProcessor):
     text = "<ref>fox</ref><box>[[1, 2]]</box>"
     ids = ids_of(processor, f"<|im_start|>{text}<|endoftext|>")
@@ -231,6 +242,19 @@ def test_the_beginning_of_a_stop_string_that_does_not_come_is_given_back(
     answer, pieces = run(processor, [*ids, end_of(processor)], stop=(" two four", "three x"))
     assert answer.text == "one two three"
     assert pieces[-1].endswith("three")  # only the end decided about it
+
+
+@pytest.mark.parametrize("wish", [{}, {"max_tokens": 3}], ids=["end", "limit"])
+def test_a_stop_string_in_what_only_the_end_decides_cuts_the_text(
+    gpt_oss: CascadeVLProcessor, wish: dict[str, int]
+):
+    """Until the end, it may still become the beginning of the final channel."""
+    ids = ids_of(gpt_oss, "<|channel|>f") + ids_of(gpt_oss, "i")
+    assert len(ids) == 3
+    whole, pieces = run(gpt_oss, [*ids, end_of(gpt_oss)], **wish)
+    assert (whole.text, pieces[:2]) == ("fi", ["", ""])
+    for stop, text in (("f", ""), ("i", "f")):
+        assert run(gpt_oss, [*ids, end_of(gpt_oss)], stop=(stop,), **wish)[0].text == text
 
 
 def test_the_limit_counts_tokens(processor: CascadeVLProcessor):
@@ -305,3 +329,23 @@ def test_a_scanner_goes_on_behind_what_it_found():
 
 def test_a_stream_of_nothing_is_nothing(gpt_oss: CascadeVLProcessor, processor: CascadeVLProcessor):
     assert TextStream(gpt_oss).flush() == TextStream(processor).flush() == ""
+
+
+def test_a_piece_may_hold_more_than_one_thing_to_leave_out():
+    without = Without(["<a>", "<b>"])
+    assert without.push("1<a>2<b><a>3<b>4<") == "1234"
+    assert without.push("a>5") == "5"
+
+
+def test_a_piece_may_hold_reasoning_and_answer():
+    opening, closing = GPT_OSS.reasoning
+    change, channels = closing + GPT_OSS.answer_open, Channels(GPT_OSS)
+    assert channels.push(f"{opening}1+1{change}2, ") == "<think>\n1+1\n</think>\n\n2, "
+    assert channels.push(f"not {change}3") == f"not {change}3"
+    assert channels.flush() == ""
+
+
+def test_the_rest_is_given_once(gpt_oss: CascadeVLProcessor):
+    stream = TextStream(gpt_oss)
+    assert "".join(map(stream.push, ids_of(gpt_oss, "<|channel|>fi"))) == ""
+    assert (stream.flush(), stream.flush()) == ("fi", "")

@@ -116,7 +116,7 @@ class _Windows:
 
     def flush(self) -> str:
         known, text = (self._tokenizer.decode(ids) for ids in (self._before, self._all()))
-        self._before, self._window = self._window[-1:] or self._before, []
+        self._before, self._window = self._window[-1:], []
         return str(text)[len(known) :]
 
     def _all(self) -> list[int]:
