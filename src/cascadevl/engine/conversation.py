@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cascadevl.data.processor import CascadeVLProcessor, Conversation
 from cascadevl.engine.boxes import TokenStream
@@ -25,13 +26,13 @@ class Answer:
     Attributes:
         text: The answer, without control tokens and without the stop string that ended it.
         token_ids: Its tokens, the end-of-turn token excluded.
-        finish_reason: How it ended.
+        finish_reason: How it ended: by itself or at a stop string, or at its limit of tokens.
         increments: Position step with which each picture of the question was read (V2PE).
     """
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: FinishReason
+    finish_reason: Literal["stop", "length"]
     increments: tuple[float, ...] = ()
 
 
@@ -94,6 +95,7 @@ def answer(
 
 
 def _answer(said: Completion) -> Answer:
+    assert said.finish_reason != "cancelled", "nobody else holds this engine"
     return Answer(
         text=said.text,
         token_ids=said.token_ids,
