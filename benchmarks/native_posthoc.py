@@ -30,7 +30,7 @@ from cascadevl.data.mixture import WeightedSource
 from cascadevl.eval.responder import ModelResponder
 from cascadevl.eval.runner import run_suite
 from cascadevl.eval.suite import SuiteRow
-from cascadevl.model.loading import load, save
+from cascadevl.model.loading import load
 from cascadevl.tasks.base import Scene, Split, Stage, Task, TaskSource
 from cascadevl.tasks.easy_vqa import EasyVQA
 from cascadevl.tasks.handwriting import Handwriting
@@ -43,7 +43,7 @@ from cascadevl.train.posthoc import PosthocConfig, WarmupConfig, posthoc
 from cascadevl.train.pretrain import pretrain
 from cascadevl.train.vision import pretrain_vision
 from cascadevl.types import Batch
-from cascadevl.workflows import nano
+from cascadevl.workflows import micro, nano
 from cascadevl.workflows.held_out import held_out_losses
 
 ARMS = ("native", "post-hoc, equal tokens", "post-hoc, equal compute")
@@ -151,11 +151,7 @@ def join_halves(out: Path, num_steps: int) -> Path:
             console=quiet(),
         )
     )
-    model, processor = load(str(decoder), dtype=torch.bfloat16)
-    tower, _ = load(str(vision), dtype=torch.bfloat16)
-    model.model.vision_tower.load_state_dict(tower.model.vision_tower.state_dict())
-    save(model, processor, done)
-    return done
+    return micro.join_halves(decoder, vision, done)
 
 
 def train(
