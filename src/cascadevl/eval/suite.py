@@ -20,6 +20,15 @@ def any_question(question: Question) -> bool:
     return True
 
 
+def of_kind(*kinds: str) -> Callable[[Question], bool]:
+    """What keeps the questions of these kinds.
+
+    Args:
+        kinds: Kinds as the task names them.
+    """
+    return lambda question: question.kind in kinds
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuiteRow:
     """One score.

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from cascadevl.data.mixture import WeightedSource
 from cascadevl.data.prompts import THINKING_PROMPT
 from cascadevl.data.tokenizer import build_tokenizer
-from cascadevl.eval.suite import SuiteRow
+from cascadevl.eval.suite import SuiteRow, of_kind
 from cascadevl.model.loading import load, save
 from cascadevl.tasks import printed, text
 from cascadevl.tasks.base import Question, Task, TaskSource
@@ -288,10 +288,6 @@ def join_halves(decoder: Path, vision: Path, out: Path) -> Path:
     return out
 
 
-def _kind(*kinds: str) -> Callable[[Question], bool]:
-    return lambda question: question.kind in kinds
-
-
 def suite(num_questions: int) -> Sequence[SuiteRow]:
     """The held-out questions, as rows of the report.
 
@@ -300,20 +296,20 @@ def suite(num_questions: int) -> Sequence[SuiteRow]:
     """
     shapes = replace(_SHAPES, num_questions=8)
     rows: tuple[tuple[str, str, Task, Callable[[Question], bool]], ...] = (
-        ("handwritten numbers of 1 to 4 digits", "numbers", _all(_NUMBERS), _kind("number")),
+        ("handwritten numbers of 1 to 4 digits", "numbers", _all(_NUMBERS), of_kind("number")),
         ("easy-VQA, its own test part", "easy-VQA", _EASY_VQA, lambda question: True),
-        ("shapes: is there ...?", "is there", shapes, _kind("existence")),
-        ("shapes: how many?", "how many", shapes, _kind("count")),
+        ("shapes: is there ...?", "is there", shapes, of_kind("existence")),
+        ("shapes: how many?", "how many", shapes, of_kind("count")),
         ("shapes: how many of one color or shape?", "how many of", shapes, _COUNT_OF),
         ("shapes: which color, which shape, where?", "which, where", shapes, _ABOUT_ONE),
-        ("shapes: list all with their places", "list all", shapes, _kind("list")),
-        ("printed words", "words", _all(_LARGE_WORDS), _kind("word")),
-        ("printed lines", "lines", _all(_LINES), _kind("line")),
-        ("charts, values printed: value", "printed value", _all(_EASY_CHARTS), _kind("value")),
-        ("charts, values from the axis: value", "axis value", _all(_AXES), _kind("value")),
-        ("charts of all forms: value", "chart value", _all(_CHARTS), _kind("value")),
-        ("handwritten additions, with steps", "additions", _all(_SUMS), _kind("addition")),
-        ("additions in text, with steps", "text sums", _all(_TEXT), _kind("add")),
+        ("shapes: list all with their places", "list all", shapes, of_kind("list")),
+        ("printed words", "words", _all(_LARGE_WORDS), of_kind("word")),
+        ("printed lines", "lines", _all(_LINES), of_kind("line")),
+        ("charts, values printed: value", "printed value", _all(_EASY_CHARTS), of_kind("value")),
+        ("charts, values from the axis: value", "axis value", _all(_AXES), of_kind("value")),
+        ("charts of all forms: value", "chart value", _all(_CHARTS), of_kind("value")),
+        ("handwritten additions, with steps", "additions", _all(_SUMS), of_kind("addition")),
+        ("additions in text, with steps", "text sums", _all(_TEXT), of_kind("add")),
     )
     return tuple(
         SuiteRow(name=name, short=short, task=task, num_questions=num_questions, keep=keep)
@@ -321,8 +317,8 @@ def suite(num_questions: int) -> Sequence[SuiteRow]:
     )
 
 
-_COUNT_OF = _kind("count_color", "count_shape")
-_ABOUT_ONE = _kind("color", "shape", "place")
+_COUNT_OF = of_kind("count_color", "count_shape")
+_ABOUT_ONE = of_kind("color", "shape", "place")
 
 
 def _all(task: Handwriting | Printed | Charts | Text) -> Task:

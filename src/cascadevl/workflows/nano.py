@@ -8,7 +8,7 @@ its duration depends on the machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from cascadevl.data.mixture import WeightedSource
 from cascadevl.data.tokenizer import build_tokenizer
-from cascadevl.eval.suite import SuiteRow
-from cascadevl.tasks.base import Question, Stage, Task, TaskSource
+from cascadevl.eval.suite import SuiteRow, of_kind
+from cascadevl.tasks.base import Stage, Task, TaskSource
 from cascadevl.tasks.easy_vqa import EasyVQA
 from cascadevl.tasks.handwriting import Handwriting
 from cascadevl.tasks.shapes import Shapes
@@ -121,10 +121,6 @@ def stage_config(stage: str, out: Path, *, num_steps: int, model: Path | None) -
     )
 
 
-def _kind(*kinds: str) -> Callable[[Question], bool]:
-    return lambda question: question.kind in kinds
-
-
 def suite(num_questions: int) -> Sequence[SuiteRow]:
     """The held-out questions, as rows of the report.
 
@@ -138,7 +134,7 @@ def suite(num_questions: int) -> Sequence[SuiteRow]:
             short="one digit",
             task=Handwriting(difficulty="one", num_questions=3),
             num_questions=num_questions,
-            keep=_kind("number"),
+            keep=of_kind("number"),
         ),
         SuiteRow(
             name="handwritten numbers of two digits",
@@ -152,35 +148,35 @@ def suite(num_questions: int) -> Sequence[SuiteRow]:
             short="how many",
             task=shapes,
             num_questions=num_questions,
-            keep=_kind("count"),
+            keep=of_kind("count"),
         ),
         SuiteRow(
             name="shapes: is there ...?",
             short="is there",
             task=shapes,
             num_questions=num_questions,
-            keep=_kind("existence"),
+            keep=of_kind("existence"),
         ),
         SuiteRow(
             name="shapes: how many of one color or shape?",
             short="how many of",
             task=shapes,
             num_questions=num_questions,
-            keep=_kind("count_color", "count_shape"),
+            keep=of_kind("count_color", "count_shape"),
         ),
         SuiteRow(
             name="shapes: which color, which shape, where?",
             short="which, where",
             task=shapes,
             num_questions=num_questions,
-            keep=_kind("color", "shape", "place"),
+            keep=of_kind("color", "shape", "place"),
         ),
         SuiteRow(
             name="shapes: list all with their places",
             short="list all",
             task=shapes,
             num_questions=num_questions,
-            keep=_kind("list"),
+            keep=of_kind("list"),
         ),
         SuiteRow(
             name="easy-VQA, its own test part",
