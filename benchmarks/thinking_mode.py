@@ -37,6 +37,7 @@ from cascadevl.scoring.metrics import accuracy
 from cascadevl.scoring.reasoning import Solution, take_apart
 from cascadevl.tasks.base import Question, Task, TaskSource, to_prompt
 from cascadevl.tasks.handwriting import Handwriting
+from cascadevl.tasks.problems import TaskProblems
 from cascadevl.tasks.text import Text
 from cascadevl.train.pretrain import pretrain
 from cascadevl.train.run import TrainResult
@@ -45,7 +46,6 @@ from cascadevl.types import Message
 from cascadevl.workflows import nano
 from cascadevl.workflows.thinking_config import ThinkingConfig
 from cascadevl.workflows.thinking_data import make_thinking_data
-from cascadevl.workflows.thinking_problems import TaskProblems
 
 EXAM_SEED = 900
 ANSWER_TOKENS = 96

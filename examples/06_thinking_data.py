@@ -20,11 +20,11 @@ from cascadevl.data.tokenizer import build_tokenizer
 from cascadevl.scoring.answers import final_answer, numeric_match
 from cascadevl.scoring.reasoning import fault_of, repetition
 from cascadevl.tasks.handwriting import Handwriting
+from cascadevl.tasks.problems import TaskProblems
 from cascadevl.tasks.text import Text
 from cascadevl.types import Message
 from cascadevl.workflows.thinking_config import ThinkingConfig
 from cascadevl.workflows.thinking_data import make_thinking_data
-from cascadevl.workflows.thinking_problems import TaskProblems
 
 folder = Path(tempfile.mkdtemp())
 

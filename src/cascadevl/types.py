@@ -8,6 +8,7 @@ prompt and one tiling.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -130,6 +131,53 @@ class Example:
     def num_tiles(self) -> int:
         """Tiles of all images together."""
         return len(self.tiles)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledAnswer:
+    """One answer that a model drew for a question, with what was found of it.
+
+    Attributes:
+        text: The whole answer, thinking included, as a user would see it.
+        token_ids: Its tokens as they were drawn, the end of turn included if it was drawn.
+        finish_reason: ``stop`` if the model ended it, ``length`` if the limit did.
+        correct: Whether its final answer agrees with the reference.
+        rewards: Value of each named verifier, unweighted (`cascadevl.scoring.rewards`).
+        reward: Their weighted sum, which training maximises.
+        logprobs: The engine's log-probability of each token; empty where it was not kept.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+    correct: bool
+    rewards: Mapping[str, float]
+    reward: float
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A question with the answers that one model drew for it: a group.
+
+    Attributes:
+        problem_id: Identity of the question within its material.
+        prompt: The turns that were shown, the system's included where there is one.
+        reference: The reference answer.
+        answers: What was drawn, in the order of the draws.
+        weight_version: Which weights drew them.
+    """
+
+    problem_id: str
+    prompt: tuple[Message, ...]
+    reference: str
+    answers: tuple[SampledAnswer, ...]
+    weight_version: str = ""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct answers; 0 of none."""
+        return sum(answer.correct for answer in self.answers) / max(len(self.answers), 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -23,11 +23,11 @@ from cascadevl.errors import ConfigError, RequestError
 from cascadevl.eval.responder import Reply
 from cascadevl.eval.url_responder import UrlResponder
 from cascadevl.tasks.handwriting import Handwriting
+from cascadevl.tasks.problems import FileProblems, Problem, TaskProblems
 from cascadevl.tasks.text import Text
 from cascadevl.types import ImageRef, Message, Record
 from cascadevl.workflows.thinking_config import ThinkingConfig
 from cascadevl.workflows.thinking_data import make_thinking_data
-from cascadevl.workflows.thinking_problems import FileProblems, Problem, TaskProblems
 
 # As released, typed off the facts and not taken from the package.
 SYSTEM = """You are an AI assistant that rigorously follows this response protocol:

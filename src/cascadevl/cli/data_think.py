@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cascadevl.eval.responder import Responder
+    from cascadevl.tasks.problems import Problems
     from cascadevl.workflows.thinking_config import ThinkingConfig, ThinkingReport
-    from cascadevl.workflows.thinking_problems import Problems
 
 KEPT_NOTHING = 1
 
@@ -152,7 +152,7 @@ def _config(args: argparse.Namespace) -> ThinkingConfig:
 
 def _problems(args: argparse.Namespace) -> Problems:
     from cascadevl.errors import ConfigError
-    from cascadevl.workflows.thinking_problems import FileProblems, TaskProblems
+    from cascadevl.tasks.problems import FileProblems, TaskProblems
 
     if bool(args.task) == (args.questions is not None):
         raise ConfigError("name either tasks (--task) or a file (--questions) to take them from")

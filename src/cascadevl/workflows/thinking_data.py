@@ -27,9 +27,9 @@ from cascadevl.data.writing import conversation_fields, save_picture, write_meta
 from cascadevl.errors import ConfigError, DataError
 from cascadevl.eval.responder import Responder
 from cascadevl.scoring.reasoning import Solution
+from cascadevl.tasks.problems import Problem, Problems
 from cascadevl.types import ImageRef, Message
 from cascadevl.workflows.thinking_config import ThinkingConfig, ThinkingReport
-from cascadevl.workflows.thinking_problems import Problem, Problems
 from cascadevl.workflows.thinking_solutions import good_solutions, prompt_of, solutions_of
 
 THINKING, DIRECT = "thinking", "direct"

@@ -20,9 +20,9 @@ from cascadevl.scoring.reasoning import (
     judge_score,
     take_apart,
 )
+from cascadevl.tasks.problems import Problem
 from cascadevl.types import Message
 from cascadevl.workflows.thinking_config import ThinkingConfig
-from cascadevl.workflows.thinking_problems import Problem
 
 
 def prompt_of(problem: Problem, config: ThinkingConfig) -> tuple[Message, Message]:

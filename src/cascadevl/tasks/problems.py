@@ -1,4 +1,4 @@
-"""Questions with reference answers, which thinking data are made from: of tasks, or of a file.
+"""Questions with references that sampled answers are checked against: of tasks, or of a file.
 
 Problems come in numbered groups, so that work on them can stop and go on by number alone.
 """

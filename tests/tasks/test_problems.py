@@ -11,9 +11,9 @@ import pytest
 
 from cascadevl.errors import DataError
 from cascadevl.tasks.handwriting import Handwriting
+from cascadevl.tasks.problems import FileProblems, Problem, TaskProblems
 from cascadevl.tasks.text import Text
 from cascadevl.types import ImageRef
-from cascadevl.workflows.thinking_problems import FileProblems, Problem, TaskProblems
 
 
 @pytest.fixture
