@@ -26,6 +26,7 @@ from engine_peers import Case, Ours, Peer, Timing, Transformers, Vllm, make_case
 from engine_proof import prove_small_bodies, prove_within
 
 from cascadevl.engine.packed_weights import can_pack
+from cascadevl.host_memory import keep_freed_memory
 from cascadevl.model.loading import load
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.presets import nano_config
@@ -223,6 +224,7 @@ def main() -> None:
     if arguments.vllm is not None and arguments.checkpoint is None:
         parser.error("--vllm needs --checkpoint, the weights that the server's were exported from")
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     prove_small_bodies()
     document = {
         "threads": arguments.threads,

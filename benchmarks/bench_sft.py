@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -41,6 +42,7 @@ from trl_peer import LR, Peer, Runner, Trl, request, sweep
 from cascadevl.data.collate import collate, num_tokens
 from cascadevl.data.packing import Packer, size_of
 from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.host_memory import keep_freed_memory
 from cascadevl.model.loading import save
 from cascadevl.sequence import expand
 from cascadevl.train.config import ModelConfig
@@ -228,7 +230,10 @@ def compare(trl: Trl, kind: str, args: argparse.Namespace, setup: Any) -> dict[s
     )
     if table:
         cells = [
-            [*(str(value) for value in row["peer"].values()), f"{useful / row['seconds']:.0f}"]
+            [
+                *(str(value) for value in row["peer"].values()),
+                f"{useful / row['seconds']:.0f}" if row["seconds"] < math.inf else "no memory",
+            ]
             for row in table
         ]
         print(markdown([*table[0]["peer"], "useful tokens/s"], cells))
@@ -274,6 +279,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Compare every kind and print."""
     args = parse()
+    keep_freed_memory()  # as our commands do; TRL's side is given the same
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     start = ModelConfig(preset=args.preset, precision="float32")

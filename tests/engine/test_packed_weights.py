@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascadevl.engine.int8_linear import Int8Linear
+from cascadevl.engine.joined_linear import PartOfJoined
 from cascadevl.engine.packed_weights import PackedLinear, PackedModel, can_pack, pack
 from cascadevl.errors import CheckpointError, ConfigError
 from cascadevl.model.adapters import merged_tensors
@@ -237,7 +238,7 @@ def test_the_head_may_be_packed_otherwise():
     packed = pack(model, "packed", head="int8")
     kinds = {name: type(layer) for name, layer in packed.layers.items()}
     assert kinds.pop("lm_head") is Int8Linear
-    assert set(kinds.values()) == {PackedLinear}
+    assert set(kinds.values()) == {PackedLinear, PartOfJoined}
     assert (packed.precision, packed.head) == ("packed", "int8")
     hidden = drawn(3, 32)
     with torch.no_grad():

@@ -28,6 +28,7 @@ from cascadevl.cli import (
 )
 from cascadevl.cli.wording import worded
 from cascadevl.errors import CascadeVLError
+from cascadevl.host_memory import keep_freed_memory
 from cascadevl.version import __version__
 
 UNREAD = 1
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         can mend, 130 after Ctrl-C.
     """
     args = make_parser().parse_args(argv)
+    keep_freed_memory()
     try:
         code = int(args.run(args))
         sys.stdout.flush()

@@ -117,8 +117,10 @@ def attention_plan(
             skipped[list(group.members)] = group.num_pages
             shared += _shared_blocks(spans, group, page_tokens, num_heads)
     own: list[Block] = []
+    least = 0 if len(spans) == 1 else _READ_IN_PLACE
     for batch in _batches(spans, skipped, page_tokens, num_heads, alone=alone):
-        own += _own_blocks(batch, page_tokens, num_heads, window, in_place=not alone)
+        in_place = None if alone else least
+        own += _own_blocks(batch, page_tokens, num_heads, window, in_place=in_place)
     return AttentionPlan(_merged(shared, page_tokens, num_heads), tuple(own))
 
 
@@ -152,7 +154,7 @@ def _shared_blocks(
             queries=queries[None],
             is_query=None,
             pages=pages[None],
-            first_slot=_first_slot(pages, page_tokens),
+            first_slot=_first_slot(pages, page_tokens, _READ_IN_PLACE),
             low=np.zeros((1, len(queries)), dtype=np.int64),
             high=np.full((1, len(queries)), num_keys),
         )
@@ -162,9 +164,9 @@ def _cut(values: np.ndarray, size: int) -> list[np.ndarray]:
     return [values[start : start + size] for start in range(0, len(values), size)]
 
 
-def _first_slot(pages: Int[np.ndarray, " pages"], page_tokens: int) -> int | None:
-    """Where the keys begin, if they are worth reading in place and lie side by side."""
-    if len(pages) * page_tokens < _READ_IN_PLACE:
+def _first_slot(pages: Int[np.ndarray, " pages"], page_tokens: int, least: int) -> int | None:
+    """Where the keys begin, if there are at least so many and they lie side by side."""
+    if len(pages) * page_tokens < least:
         return None
     consecutive = pages[-1] - pages[0] == len(pages) - 1 and (np.diff(pages) == 1).all()
     return int(pages[0]) * page_tokens if consecutive else None
@@ -240,7 +242,7 @@ def _own_blocks(
     num_heads: int,
     window: int | None,
     *,
-    in_place: bool,
+    in_place: int | None,
 ) -> Iterator[Block]:
     """A batch of rectangles; a lone one that is large is cut, and each part sees no key in vain."""
     num_queries = max(each.num_queries for each in batch)
@@ -258,9 +260,12 @@ def _own_block(
     page_tokens: int,
     window: int | None,
     *,
-    in_place: bool,
+    in_place: int | None,
 ) -> Block:
-    """Queries from ``start`` to ``stop`` of every rectangle against the keys they may see."""
+    """Queries from ``start`` to ``stop`` of every rectangle against the keys they may see.
+
+    A lone rectangle is read in place from ``in_place`` keys on; never if that is None.
+    """
     starts = np.array([each.span.start for each in batch])
     rows = np.array([each.span.row for each in batch])
     firsts = np.array([each.first_page for each in batch])
@@ -274,12 +279,14 @@ def _own_block(
     offset = firsts[:, None] * page_tokens
     low = np.zeros_like(last_place) if window is None else last_place + 1 - window - offset
     is_query = np.arange(start, stop) < counts[:, None]
-    lone = len(batch) == 1 and in_place
+    first_slot = None
+    if len(batch) == 1 and in_place is not None:
+        first_slot = _first_slot(pages[0], page_tokens, in_place)
     return Block(
         queries=rows[:, None] + number,
         is_query=None if is_query.all() else is_query,
         pages=pages,
-        first_slot=_first_slot(pages[0], page_tokens) if lone else None,
+        first_slot=first_slot,
         low=low,
         high=last_place + 1 - offset,
     )

@@ -100,6 +100,11 @@ class Int8Linear(nn.Module):
         self._kernel_fits = self.in_features % 16 == 0
         self.load(weight, bias)
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether it has a bias."""
+        return self.bias is not None
+
     def load(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> None:
         """Take other weights of the same shape, in place and a block at a time.
 

@@ -10,7 +10,7 @@ Names stay those of the model, so that new weights are loaded by the names of it
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cascadevl.engine.int8_linear import Int8Linear, refuse_gradient
+from cascadevl.engine.joined_linear import PartOfJoined, join, sets_of
 from cascadevl.errors import CheckpointError, ConfigError
 from cascadevl.model.adapters import has_adapters
 from cascadevl.model.checkpoint import HEAD
@@ -51,6 +52,11 @@ class PackedLinear(nn.Module):
         self._packed: Tensor | None = None
         self.bias = None if bias is None else torch.empty_like(bias, requires_grad=False)
         self.load(weight, bias)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether it has a bias."""
+        return self.bias is not None
 
     def load(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> None:
         """Take other weights of the same shape; the old ones are freed first."""
@@ -87,7 +93,7 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.dtype}"
 
 
-Layer: TypeAlias = PackedLinear | Int8Linear
+Layer: TypeAlias = PackedLinear | Int8Linear | PartOfJoined
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +174,7 @@ class PackedModel:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, layer in self.layers.items():
             shapes[f"{name}.weight"] = (layer.out_features, layer.in_features)
-            if layer.bias is not None:
+            if layer.has_bias:
                 shapes[f"{name}.bias"] = (layer.out_features,)
         return shapes
 
@@ -206,24 +212,24 @@ def pack(
     """
     if (obstacle := _obstacle(model)) is not None:
         raise ConfigError(f"precision {precision!r}: {obstacle}")
-    kinds: dict[Precision, type[Layer]] = {"packed": PackedLinear, "int8": Int8Linear}
-    names = [name for name, _ in _linears(model)]
+    kinds: dict[Precision, type[PackedLinear | Int8Linear]]
+    kinds = {"packed": PackedLinear, "int8": Int8Linear}
     head_is_tied = model.lm_head.weight is model.get_input_embeddings().weight
     plain = released = 0
     layers: dict[str, Layer] = {}
     memo: dict[int, object] = {}
-    for name in names:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        num_bytes = sum(parameter.nbytes for parameter in linear.parameters())
-        kind = kinds[head or precision if name == _HEAD else precision]
-        layers[name] = kind(linear.weight, linear.bias)
-        plain += num_bytes
-        if release:
-            model.set_submodule(name, layers[name])
-            released += 0 if name == _HEAD and head_is_tied else num_bytes
-        else:
-            memo[id(linear)] = layers[name]
+    for names in sets_of(dict(_linears(model))):
+        linears = [model.get_submodule(name) for name in names]
+        kind = kinds[head or precision if names == (_HEAD,) else precision]
+        for name, linear, layer in zip(names, linears, _packed(linears, kind), strict=True):
+            layers[name] = layer
+            num_bytes = sum(parameter.nbytes for parameter in linear.parameters())
+            plain += num_bytes
+            if release:
+                model.set_submodule(name, layer)
+                released += 0 if name == _HEAD and head_is_tied else num_bytes
+            else:
+                memo[id(linear)] = layer
     if release:
         packed_model = model.requires_grad_(False)
     else:
@@ -254,6 +260,13 @@ def _linears(model: CascadeVLForConditionalGeneration) -> Iterator[tuple[str, nn
     for name, module in model.named_modules():
         if type(module) is nn.Linear and (name == _HEAD or name.startswith(_LANGUAGE)):
             yield name, module
+
+
+def _packed(linears: Sequence[nn.Module], kind: type[PackedLinear | Int8Linear]) -> Sequence[Layer]:
+    """A layer, or a set of them that is computed together, in another form."""
+    plain = [linear for linear in linears if isinstance(linear, nn.Linear)]
+    assert len(plain) == len(linears)
+    return [kind(plain[0].weight, plain[0].bias)] if len(plain) == 1 else join(plain, kind)
 
 
 def _obstacle(model: CascadeVLForConditionalGeneration) -> str | None:

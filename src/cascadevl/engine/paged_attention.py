@@ -58,6 +58,7 @@ class _Ready:
     """A block with its arrays as tensors."""
 
     queries: Int64[Tensor, " all_queries"]
+    in_order: bool  # a rectangle a token, or one of all tokens: nothing has to be sorted
     kept: Int64[Tensor, " some"] | None  # those of `queries` that are no repetition
     pages: Int64[Tensor, " all_pages"]
     hidden: Bool[Tensor, "rectangles 1 queries keys"] | None
@@ -161,6 +162,9 @@ class PagedAttention:
                 with_sums=with_sums,
             )
             queries = block.queries
+            if block.in_order and len(queries) == query.shape[2]:
+                out.copy_(part)
+                return part_sums
             if block.kept is not None:
                 queries, part = queries[block.kept], part[:, :, block.kept]
             out.index_copy_(2, queries, part)
@@ -202,7 +206,9 @@ def _attend_block(
     """Attention of a block's queries, rectangle after rectangle."""
     num_kv, num_groups, _, dim = query.shape
     rectangles, num_queries = block.shape
-    chosen = query.index_select(2, block.queries)
+    chosen = query
+    if not block.in_order or len(block.queries) < query.shape[2]:
+        chosen = query.index_select(2, block.queries)
     chosen = chosen.view(num_kv, num_groups, rectangles, num_queries, dim).transpose(1, 2)
     scores = (
         chosen.reshape(len(keys), -1, dim) @ keys.mT
@@ -212,10 +218,9 @@ def _attend_block(
         scores.view(shape).masked_fill_(block.hidden, torch.finfo(scores.dtype).min)
     sums = None
     if with_sums:
-        scores = scores.float()
-        sums = torch.logsumexp(scores, -1).view(num_kv, rectangles, num_groups, num_queries)
-        sums = sums.transpose(1, 2).flatten(2)
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
+        sums = torch.logsumexp(scores.float(), -1)
+        sums = sums.view(num_kv, rectangles, num_groups, num_queries).transpose(1, 2).flatten(2)
+    weights = torch.softmax(scores, -1)  # computed in float32, also where it is not stored so
     found = (weights @ values).view(num_kv, rectangles, num_groups, num_queries, dim)
     return found.transpose(1, 2).flatten(2, 3), sums
 
@@ -249,8 +254,10 @@ def _ready(block: Block, page_tokens: int, device: torch.device) -> _Ready:
     num_keys = block.pages.shape[1] * page_tokens
     visible = block.visible(num_keys)
     kept = None if block.is_query is None else np.flatnonzero(block.is_query)
+    queries = block.queries.ravel()
     return _Ready(
-        queries=torch.from_numpy(block.queries.ravel()).to(device),
+        queries=torch.from_numpy(queries).to(device),
+        in_order=bool((queries == np.arange(len(queries))).all()),
         kept=None if kept is None else torch.from_numpy(kept).to(device),
         pages=torch.from_numpy(block.pages.ravel()).to(device),
         hidden=None if visible is None else torch.from_numpy(~visible[:, None]).to(device),

@@ -20,15 +20,20 @@ SAME_FORMULA = frozenset(
 """transformers' classes that compute ``weight * (x / rms(x)).to(dtype)``; GPT-OSS rounds later."""
 
 
+def _normalise(states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = states.to(torch.float32)
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(states.dtype), scale
+
+
 class _Normalise(torch.autograd.Function):
     """``weight * (states * scale)`` with ``scale = 1 / sqrt(mean(states**2) + eps)``."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = states.to(torch.float32)
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        normed, scale = _normalise(states, weight, eps)
         ctx.save_for_backward(states, weight, scale)
-        return weight * (wide * scale).to(states.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -59,6 +64,8 @@ class LeanRMSNorm(nn.Module):
         self, hidden_states: Float[Tensor, "*tokens width"]
     ) -> Float[Tensor, "*tokens width"]:
         """Normalise over the last axis."""
+        if not torch.is_grad_enabled():  # decoding is many small calls: this one costs half
+            return _normalise(hidden_states, self.weight, self.variance_epsilon)[0]
         normed: Tensor = _Normalise.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
         return normed
 
