@@ -244,7 +244,7 @@ def compare(trl: Trl, kind: str, args: argparse.Namespace, setup: Any) -> dict[s
         "tokens_per_s": speed,
         "peer": asdict(peer),
         "losses": losses,
-        "sweep": table,
+        "sweep": [{**row, "seconds": None} if row["seconds"] == math.inf else row for row in table],
         "seconds": seconds,
         "useful_tokens": useful,
         "fill": useful / ours.slots,
