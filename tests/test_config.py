@@ -106,6 +106,35 @@ def test_a_file_changes_single_keys_of_its_base(tmp_path: Path):
     )
 
 
+def test_a_section_may_have_a_base_of_its_own(tmp_path: Path):
+    (tmp_path / "bases").mkdir()
+    write(tmp_path / "bases" / "root.yaml", "lr: 1\nclip: 3.0")
+    write(tmp_path / "bases" / "optim.yaml", "base: root.yaml\nlr: 2")
+    write(tmp_path / "tiling.yaml", "tile_px: 112")
+    write(tmp_path / "run.yaml", "seed: 7\noptim: {clip: 4.0, schedule: constant}")
+    leaf = write(
+        tmp_path / "leaf.yaml",
+        "base: run.yaml\noptim: {base: bases/optim.yaml, lr: 5}\n"
+        "named: {one: {base: tiling.yaml}, two: {base: tiling.yaml, max_tiles: 3}}\n"
+        "shares: {base: 0.5}",
+    )
+    # A section's base counts more than what the file's own base says of it, and less than the file.
+    assert load_config(Run, files=[leaf]) == Run(
+        seed=7,
+        optim=Optim(lr=5.0, clip=3.0, schedule="constant"),
+        named={"one": Tiling(tile_px=112), "two": Tiling(tile_px=112, max_tiles=3)},
+        shares={"base": 0.5},
+    )
+
+
+def test_an_error_in_the_base_of_a_section_names_it(tmp_path: Path):
+    base = write(tmp_path / "optim.yaml", "lr: fast")
+    leaf = write(tmp_path / "leaf.yaml", "optim: {base: optim.yaml}")
+    with pytest.raises(ConfigError, match=r"key 'optim\.lr' is 'fast'") as caught:
+        load_config(Run, files=[leaf])
+    assert str(caught.value).startswith(f"{base}: ")
+
+
 def test_a_base_is_the_same_file_once_for_two_files_on_the_command_line(tmp_path: Path):
     write(tmp_path / "base.yaml", "seed: 1\noptim: {lr: 1}")
     files = [

@@ -52,7 +52,8 @@ def load_config(
         cls: A frozen dataclass. Its fields hold plain values, dataclasses, optional dataclasses,
             or lists, tuples and string-keyed dictionaries of them.
         files: YAML files. A later one changes single keys of an earlier one; a list is replaced.
-            A file that names another under ``base`` changes that one in the same way.
+            A file that names another under ``base`` changes that one in the same way, and so
+            does a section of it, whose base is the file of that section alone.
         overrides: ``key.sub=value`` each, or pairs ``--key.sub value`` as a shell passes them. A
             lone ``--key`` means true, which switches an optional section on and changes nothing
             in it. Values are read as YAML unless the field holds text.
@@ -90,13 +91,23 @@ def _composed(file: Path, above: tuple[Path, ...] = ()) -> _Tree:
     except ConfigError as error:
         raise error if not above else ConfigError(f"{above[-1]}: base: {error}") from error
     base = content.pop(BASE, None)
-    if base is None:
-        return _planted(content, str(file))
-    if not isinstance(base, str):
+    if base is not None and not isinstance(base, str):
         raise ConfigError(f"{file}: base is {_shown(base)}, but must be the name of one file")
-    tree = _composed(file.parent / base, chain)
+    tree: _Tree = {} if base is None else _composed(file.parent / base, chain)
+    for key, below in _bases_of_sections(content):
+        _merge(tree, _branch(key, _composed(file.parent / below, chain)))
     _merge(tree, _planted(content, str(file)))
     return tree
+
+
+def _bases_of_sections(content: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and base of every section that names one; the names are taken out."""
+    for key, section in content.items():
+        if not isinstance(section, dict):
+            continue
+        if isinstance(section.get(BASE), str):
+            yield f"{above}{key}", section.pop(BASE)
+        yield from _bases_of_sections(section, f"{above}{key}.")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -143,7 +154,7 @@ def _planted(mapping: Mapping[Any, Any], origin: str) -> _Tree:
     }
 
 
-def _branch(key: str, value: _Given) -> _Tree:
+def _branch(key: str, value: _Given | _Tree) -> _Tree:
     head, dot, tail = key.partition(".")
     return {head: _branch(tail, value) if dot else value}
 
