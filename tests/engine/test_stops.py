@@ -254,7 +254,8 @@ def test_a_stop_string_in_what_only_the_end_decides_cuts_the_text(
     whole, pieces = run(gpt_oss, [*ids, end_of(gpt_oss)], **wish)
     assert (whole.text, pieces[:2]) == ("fi", ["", ""])
     for stop, text in (("f", ""), ("i", "f")):
-        assert run(gpt_oss, [*ids, end_of(gpt_oss)], stop=(stop,), **wish)[0].text == text
+        cut, _ = run(gpt_oss, [*ids, end_of(gpt_oss)], stop=(stop,), **wish)
+        assert (cut.text, cut.finish_reason, cut.ended_by) == (text, "stop", stop)
 
 
 def test_the_limit_counts_tokens(processor: CascadeVLProcessor):

@@ -110,5 +110,7 @@ class AnswerText:
         piece, found = self._stops.push(self._stream.flush())
         if found is None:
             piece += self._stops.flush()
+        elif reason != "cancelled":
+            self.finish_reason, self.ended_by = "stop", found
         self._pieces.append(piece)
         return piece
