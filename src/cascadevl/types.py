@@ -166,6 +166,9 @@ class Rollout:
         reference: The reference answer.
         answers: What was drawn, in the order of the draws.
         weight_version: Which weights drew them.
+        metric: How an answer is compared with the reference (`cascadevl.tasks.base.Metric`); empty
+            where nothing says whether an answer is right.
+        choices: Letter and text of each choice, for metric ``"choice"``.
     """
 
     problem_id: str
@@ -173,6 +176,8 @@ class Rollout:
     reference: str
     answers: tuple[SampledAnswer, ...]
     weight_version: str = ""
+    metric: str = ""
+    choices: tuple[tuple[str, str], ...] = ()
 
     @property
     def accuracy(self) -> float:

@@ -30,8 +30,8 @@ _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json"}
 class HuggingFaceSource:
     """The rows of a map-style `datasets.Dataset` as records.
 
-    Columns: ``conversations`` or ``messages``; ``image`` or ``images``, ``video`` or ``videos``
-    if any; ``id`` if any.
+    Columns: ``conversations`` or ``messages``, or those of preference pairs; ``image`` or
+    ``images``, ``video`` or ``videos`` if any; ``id`` if any.
     """
 
     def __init__(
@@ -204,13 +204,14 @@ def open_source(spec: DatasetSpec) -> Source | StreamedSource:
 
 
 def _check_columns(names: Sequence[str], source: str) -> None:
-    if not {"conversations", "messages"} & set(names):
+    if not {"conversations", "messages", "question"} & set(names):
         raise DataError(
             f"the data set has the columns {', '.join(names)}",
             kind="bad_field",
             source=source,
             field="conversations",
-            remedy="name the column of turns 'conversations' or 'messages'",
+            remedy="name the column of turns 'conversations' or 'messages'; preference pairs have "
+            "'question', 'chosen' and 'rejected'",
         )
 
 

@@ -7,8 +7,11 @@ noted size is cut off when the work is taken up again, so that no record is lost
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,20 +106,65 @@ class Journal:
         partial.replace(self._path)
 
     def _take_up(self, settings: Mapping[str, Any]) -> None:
-        content = self._path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]  # the rest is a line that was not finished
-        entries: list[Any] = [
-            decode_json(line, source=f"{self._path}:{number}")
-            for number, line in enumerate(whole.splitlines(), start=1)
-        ]
+        entries, whole_size = _entries(self._path)
         _check_same(entries[0]["settings"], settings, self._folder)
         sizes = dict.fromkeys(self._names, 0)
         if len(entries) > 1:
             last = entries[-1]
             self.num_chunks, self.state, sizes = last["chunk"], last["state"], last["sizes"]
         paths = {self._file(name): size for name, size in sizes.items()}
-        for path, size in {**paths, self._path: len(whole)}.items():
+        for path, size in {**paths, self._path: whole_size}.items():
             _cut(path, size)
+
+
+def noted_sizes(journal: Path) -> dict[str, int]:
+    """Up to where files are complete, whoever is writing them meanwhile.
+
+    Args:
+        journal: Their journal.
+
+    Returns:
+        Bytes by name; empty before the first chunk.
+
+    Raises:
+        DataError: Of kind ``invalid_json``, if the journal was damaged.
+    """
+    entries, _ = _entries(journal)
+    return dict(entries[-1]["sizes"]) if len(entries) > 1 else {}
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Make sure that nobody else appends to a file meanwhile.
+
+    Args:
+        file: The file; its folder is made if missing.
+
+    Raises:
+        ConfigError: If another process is writing it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    path = file.with_name(f"{file.name}.lock")
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_gone = os.fstat(lock.fileno()).st_nlink == 0  # whoever had it has just ended
+        except BlockingIOError:
+            is_gone = True
+        if is_gone:
+            raise ConfigError(f"{file} is being written by another process; wait until it ends")
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+def _entries(journal: Path) -> tuple[list[Any], int]:
+    """What a journal notes, and the size of that; the rest is a line that was not finished."""
+    content = journal.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    lines = enumerate(whole.splitlines(), start=1)
+    return [decode_json(line, source=f"{journal}:{number}") for number, line in lines], len(whole)
 
 
 def _cut(path: Path, size: int) -> None:

@@ -1,26 +1,32 @@
-"""One JSON object of a data set to one `Record`: the released chat format, checked field by field.
+"""One JSON object of a data set to one `Record`: the released formats, checked field by field.
 
 The public format is loose and its readers forgive in silence; here every departure is a
 `DataError` that names the field. Two spellings are read: ``conversations`` with ``from`` and
 ``value`` (InternVL, LLaVA), and ``messages`` with ``role`` and ``content`` (ms-swift,
-LLaMA-Factory, TRL). Boxes (``<ref>cat</ref><box>[[x1, y1, x2, y2]]</box>``) are text like any
-other and are kept as they stand.
+LLaMA-Factory, TRL). Preference pairs are read as MMPR has them: ``question``, ``chosen`` and
+``rejected``. Boxes (``<ref>cat</ref><box>[[x1, y1, x2, y2]]</box>``) are text like any other and
+are kept as they stand.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import PIL.Image
-
-from cascadevl.data.image import reject_url
+from cascadevl.data.field_values import (
+    answer_of,
+    counted,
+    is_absent,
+    text_of,
+    type_name,
+    wrong_type,
+)
+from cascadevl.data.media_fields import images_of, videos_of
 from cascadevl.errors import DataError
-from cascadevl.types import ImageRef, Message, Part, Record, Role, VideoRef
+from cascadevl.types import Message, Part, Record, Role
 
 IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
 
@@ -36,8 +42,10 @@ ROLES: dict[str, Role] = {
 }
 """Names of the released format, and of the newer one, to ours."""
 
+PAIR_FIELDS = ("system_prompt", "question", "chosen", "rejected")
+"""What a preference pair of MMPR says, beside its pictures; the first is often missing."""
+
 _MARK = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
-_TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,9 @@ def parse_record(
     that with a system turn its pictures land in the system prompt.) Videos follow the same rule
     with ``<video>``; a record shows pictures or one video.
 
+    A preference pair becomes a record of two branches: its messages are the prompt, the branches
+    the chosen answer and the rejected one.
+
     Args:
         fields: The decoded JSON object.
         source: Where it stands, ``file:line``.
@@ -84,15 +95,17 @@ def parse_record(
     """
     if not isinstance(fields, Mapping):
         raise DataError(
-            f"the record is {_type_name(fields)}, not an object",
+            f"the record is {type_name(fields)}, not an object",
             kind="bad_field",
             source=source,
             remedy='write {"conversations": [...]}',
         )
-    turns = _turns(fields, source)
-    _check_order(turns, source, answered)
-    images = _images(fields, root, source)
-    videos = _videos(fields, root, source)
+    is_pair = _is_pair(fields)
+    turns = _question(fields, source) if is_pair else _turns(fields, source)
+    if not is_pair:
+        _check_order(turns, source, answered)
+    images = images_of(fields, root, source)
+    videos = videos_of(fields, root, source)
     if images and videos:
         raise DataError(
             f"the record has {counted(len(images), 'image')} and a video",
@@ -107,14 +120,46 @@ def parse_record(
         source=source,
         record_id=_record_id(fields.get("id"), position, source),
         messages=_messages(turns, images or videos),
+        branches=_pair(fields, source) if is_pair and answered else (),
         dataset=dataset,
         max_tiles=max_tiles,
         augment=augment,
     )
 
 
+def _is_pair(fields: Mapping[str, object]) -> bool:
+    """Whether a question stands by itself, as it does in preference pairs."""
+    has_turns = any(not is_absent(fields.get(name)) for name in ("conversations", "messages"))
+    return "question" in fields and not has_turns
+
+
+def _question(fields: Mapping[str, object], source: str) -> list[_Turn]:
+    """The prompt of a pair: its system message, if it has one, and the question."""
+    texts: list[tuple[Role, str]] = [("user", "question")]
+    if not is_absent(fields.get("system_prompt")):
+        texts.insert(0, ("system", "system_prompt"))
+    return [_Turn(role, text_of(fields.get(name), source, name), name) for role, name in texts]
+
+
+def _pair(fields: Mapping[str, object], source: str) -> tuple[tuple[Message, ...], ...]:
+    """The two answers of a pair, each a branch."""
+    chosen, rejected = (
+        answer_of(fields.get(name), source, name, f"the {name} answer")
+        for name in ("chosen", "rejected")
+    )
+    if chosen == rejected:
+        raise DataError(
+            "both answers say the same",
+            kind="bad_field",
+            source=source,
+            field="rejected",
+            remedy="remove the pair: there is nothing to prefer",
+        )
+    return (Message.of("assistant", chosen),), (Message.of("assistant", rejected),)
+
+
 def _turns(fields: Mapping[str, object], source: str) -> list[_Turn]:
-    names = [name for name in ("conversations", "messages") if not _is_absent(fields.get(name))]
+    names = [name for name in ("conversations", "messages") if not is_absent(fields.get(name))]
     if len(names) != 1:
         problem = "has both 'conversations' and 'messages'" if names else "has no conversation"
         raise DataError(
@@ -126,14 +171,14 @@ def _turns(fields: Mapping[str, object], source: str) -> list[_Turn]:
         )
     name, turns = names[0], fields[names[0]]
     if not isinstance(turns, Sequence) or isinstance(turns, str | bytes):
-        raise _wrong_type(turns, "a list of turns", source, name)
+        raise wrong_type(turns, "a list of turns", source, name)
     who, what = ("from", "value") if name == "conversations" else ("role", "content")
     return [_turn(turn, f"{name}[{place}]", who, what, source) for place, turn in enumerate(turns)]
 
 
 def _turn(turn: object, field: str, who: str, what: str, source: str) -> _Turn:
     if not isinstance(turn, Mapping):
-        raise _wrong_type(turn, f"an object with {who!r} and {what!r}", source, field)
+        raise wrong_type(turn, f"an object with {who!r} and {what!r}", source, field)
     role = turn.get(who)
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(
@@ -143,43 +188,20 @@ def _turn(turn: object, field: str, who: str, what: str, source: str) -> _Turn:
             field=f"{field}.{who}",
             remedy=f"use one of {', '.join(ROLES)}",
         )
-    text = _text(turn.get(what), source, f"{field}.{what}", lists=what == "content")
-    if ROLES[role] in ("assistant", "pretrain") and not text.strip():
-        raise DataError(
-            f"the turn of {role!r} is empty",
-            kind="bad_field",
-            source=source,
-            field=f"{field}.{what}",
-            remedy="write what is to be learned, or remove the record",
-        )
-    return _Turn(ROLES[role], text, f"{field}.{what}")
-
-
-def _text(value: object, source: str, field: str, *, lists: bool = False) -> str:
-    """Text, or a list of ``{"type": "text" | "image" | "video"}`` written as text with marks."""
-    if lists and isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return "".join(_piece(piece, source, f"{field}[{n}]") for n, piece in enumerate(value))
-    if not isinstance(value, str):
-        raise _wrong_type(value, "text", source, field)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"character {error.start} is half of a surrogate pair, which is no character",
-            kind="bad_field",
-            source=source,
-            field=field,
-            remedy="write the text again as UTF-8",
-        ) from error
-    return value
+    text, field = turn.get(what), f"{field}.{what}"
+    if what == "content" and isinstance(text, Sequence) and not isinstance(text, str | bytes):
+        text = "".join(_piece(piece, source, f"{field}[{n}]") for n, piece in enumerate(text))
+    if ROLES[role] in ("assistant", "pretrain"):
+        return _Turn(ROLES[role], answer_of(text, source, field, f"the turn of {role!r}"), field)
+    return _Turn(ROLES[role], text_of(text, source, field), field)
 
 
 def _piece(piece: object, source: str, field: str) -> str:
     if not isinstance(piece, Mapping):
-        raise _wrong_type(piece, 'an object with "type"', source, field)
+        raise wrong_type(piece, 'an object with "type"', source, field)
     kind = piece.get("type")
     if kind == "text":
-        return _text(piece.get("text"), source, f"{field}.text")
+        return text_of(piece.get("text"), source, f"{field}.text")
     if kind in ("image", "video"):
         return IMAGE_MARK if kind == "image" else VIDEO_MARK
     raise DataError(
@@ -232,93 +254,6 @@ def _released_name(role: Role) -> str:
     return next(name for name, own in ROLES.items() if own == role)
 
 
-def _images(fields: Mapping[str, object], root: Path | None, source: str) -> list[Part]:
-    found = _media(fields, ("image", "images"), source)
-    return [_image_ref(value, root, source, field) for field, value in found]
-
-
-def _image_ref(value: object, root: Path | None, source: str, field: str) -> ImageRef:
-    if isinstance(value, PIL.Image.Image | bytes):
-        return ImageRef(value)
-    if isinstance(value, Mapping):  # how `datasets` and ms-swift store a picture undecoded
-        content = value.get("bytes")
-        return _image_ref(content if content else value.get("path"), root, source, field)
-    return ImageRef(_path(value, root, source, field))
-
-
-def _path(value: object, root: Path | None, source: str, field: str) -> Path:
-    path = _text(value, source, field)
-    reject_url(path, source=source, field=field)
-    if not path.strip():
-        raise DataError(
-            "the path is empty",
-            kind="bad_field",
-            source=source,
-            field=field,
-            remedy="give a path, or remove the field",
-        )
-    return Path(path) if root is None else root / path
-
-
-def _videos(fields: Mapping[str, object], root: Path | None, source: str) -> list[Part]:
-    found = _media(fields, ("video", "videos"), source)
-    if len(found) > 1:
-        raise DataError(
-            f"the record has {len(found)} videos",
-            kind="video_count",
-            source=source,
-            field=found[1][0],
-            remedy="a record shows one video; make several of it",
-        )
-    clip_s = _clip(fields.get("clip"), source) if found else None
-    return [
-        VideoRef(source=_path(value, root, source, field), clip_s=clip_s) for field, value in found
-    ]
-
-
-def _clip(value: object, source: str) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) == 2:
-        start, end = value
-        if _is_second(start) and _is_second(end) and start < end:
-            return float(start), float(end)
-    raise DataError(
-        f"the clip is {reprlib.repr(value)}",
-        kind="bad_clip",
-        source=source,
-        field="clip",
-        remedy="give [start, end] in seconds, 0 <= start < end",
-    )
-
-
-def _is_second(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return 0 <= value <= 1e9 and math.isfinite(value)
-
-
-def _media(
-    fields: Mapping[str, object], names: tuple[str, str], source: str
-) -> list[tuple[str, object]]:
-    """The values of an image or video field, each with its own field name."""
-    given = [name for name in names if not _is_absent(fields.get(name))]
-    if len(given) > 1:
-        raise DataError(
-            f"the record has both {names[0]!r} and {names[1]!r}",
-            kind="bad_field",
-            source=source,
-            field=names[1],
-            remedy="keep one of them",
-        )
-    if not given:
-        return []
-    value = fields[given[0]]
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [(f"{given[0]}[{place}]", each) for place, each in enumerate(value)]
-    return [(given[0], value)]
-
-
 def _with_marks(
     turns: list[_Turn], mark: str, media: Sequence[Part], noun: str, source: str
 ) -> list[_Turn]:
@@ -360,33 +295,3 @@ def _record_id(value: object, position: str, source: str) -> str:
     own = f"{value}" if isinstance(value, str | int) else ""
     own = own.encode(errors="backslashreplace").decode()  # it is hashed as UTF-8 later
     return ":".join(part for part in (position, own) if part) or source
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun, for errors.
-
-    Args:
-        number: How many.
-        noun: In the singular.
-    """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _is_absent(value: object) -> bool:
-    return value is None or (isinstance(value, str | list | tuple) and len(value) == 0)
-
-
-def _wrong_type(value: object, expected: str, source: str, field: str) -> DataError:
-    return DataError(
-        "is missing" if value is None else f"is {_type_name(value)}",
-        kind="bad_field",
-        source=source,
-        field=field,
-        remedy=f"give {expected}",
-    )
-
-
-def _type_name(value: object) -> str:
-    if value is None:
-        return "null"
-    return _TYPE_NAMES.get(type(value), f"a value of type {type(value).__name__}")

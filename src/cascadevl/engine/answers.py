@@ -102,8 +102,10 @@ class AnswerState:
         """The whole answer, once it has ended."""
         assert self.finish_reason is not None, "the answer has not ended"
         ids = self.job.generated
+        end: int | None = None
         if ids and ids[-1] in self.ends:
-            ids = ids[:-1]
+            ids, end = ids[:-1], ids[-1]
+        wants_logprobs = self.request.sampling.logprobs is not None
         return Completion(
             request_id=self.job.arrival,
             sample=self.job.sample,
@@ -116,12 +118,11 @@ class AnswerState:
                 cached_tokens=self.job.cached or 0,
                 completion_tokens=len(self.job.generated),
             ),
-            logprobs=None if self.request.sampling.logprobs is None else self._of(ids),
+            logprobs=tuple(self.logprobs[: len(ids)]) if wants_logprobs else None,
             increments=self.prompt.increments,
+            end_token=end,
+            end_logprobs=self.logprobs[-1] if wants_logprobs and end is not None else None,
         )
-
-    def _of(self, ids: list[int]) -> tuple[TokenLogprobs, ...]:
-        return tuple(self.logprobs[: len(ids)])
 
     def _text(self, ids: list[int]) -> str:
         if self.text is not None:

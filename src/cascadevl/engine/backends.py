@@ -178,4 +178,5 @@ def completion(
         ),
         logprobs=logprobs if request.sampling.logprobs is not None else None,
         increments=prompt.increments,
+        end_token=text.ended_by if isinstance(text.ended_by, int) else None,
     )

@@ -8,16 +8,13 @@ the next attempt, because people mend them.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cascadevl.data.journal import Journal
+from cascadevl.data.journal import Journal, alone
 from cascadevl.data.json_text import decode_json
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.questions import Line, RecordId, parse_question, read_lines, record_id
@@ -124,7 +121,7 @@ def answer_file(
         DataError: If the file of questions cannot be read.
         RequestError: If the backend cannot answer any more.
     """
-    with _alone(config.out):
+    with alone(config.out):
         is_begun = config.out.exists() and config.out.stat().st_size > 0
         if is_begun and not config.journal.exists():
             raise ConfigError(
@@ -211,14 +208,14 @@ class _Asking:
         )
 
 
-def seed_of(seed: int, line: int) -> int:
-    """The seed of the question in a line: another for each, the same in every attempt.
+def seed_of(seed: int, question: int | str) -> int:
+    """The seed of a question: another for each, the same in every attempt.
 
     Args:
-        seed: Of the whole file.
-        line: Number of the line.
+        seed: Of the whole work.
+        question: Number of its line, or its identity.
     """
-    digest = hashlib.blake2b(f"{seed}:{line}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}:{question}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
@@ -274,22 +271,3 @@ def _check_same(config: OfflineConfig, answered: Mapping[int, RecordId]) -> int:
             f"file was changed since; choose another file for the answers"
         )
     return total
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Make sure that nobody else appends to a file meanwhile."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = out.with_name(f"{out.name}.lock")
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_gone = os.fstat(file.fileno()).st_nlink == 0  # whoever had it has just ended
-        except BlockingIOError:
-            is_gone = True
-        if is_gone:
-            raise ConfigError(f"{out} is being written by another process; wait until it ends")
-        try:
-            yield
-        finally:
-            lock.unlink()

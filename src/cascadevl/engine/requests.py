@@ -154,6 +154,8 @@ class Completion:
         usage: What it took.
         logprobs: What the model thought of each of ``token_ids``, if the request asked.
         increments: Position step with which each picture of the prompt was read (V2PE).
+        end_token: The stop token that ended it, if one did.
+        end_logprobs: What the model thought of that, if the request asked and the backend knows.
     """
 
     request_id: int
@@ -164,6 +166,13 @@ class Completion:
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] | None = None
     increments: tuple[float, ...] = ()
+    end_token: int | None = None
+    end_logprobs: TokenLogprobs | None = None
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """Every token that was drawn: ``token_ids``, and the stop token that ended them."""
+        return self.token_ids if self.end_token is None else (*self.token_ids, self.end_token)
 
 
 @dataclass(frozen=True, slots=True)
