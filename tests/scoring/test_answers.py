@@ -277,3 +277,71 @@ def test_long_hostile_texts_are_read_in_no_time(piece: str) -> None:
     answers.parse_boxes(text)
     answers.multiple_choice(text, CHOICES)
     assert time.process_time() - start < 2.0  # quadratic time would be minutes
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "right"),
+    [
+        ("International", "international", True),
+        ("Internationa1", "international", True),  # one letter of thirteen
+        ("helo", "hello", False),  # one of five: 0.8
+        ("", "hello", False),
+    ],
+)
+def test_anls_above_nine_tenths_is_right(answer: str, truth: str, right: bool) -> None:
+    assert answers.anls_match(answer, truth) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Red door", "red door"),
+        ("two dogs.", "2 dogs"),
+        ("none", "0"),
+        ("Don't!", "dont"),
+        ("don\u2019t", "dont"),
+        ("1,000", "1000"),
+        ("3.5 m", "3.5 m"),
+        ("p.m.", "pm"),
+        ("black-and-white", "black and white"),
+        ("a", ""),
+    ],
+)
+def test_normalise_vqa(text: str, expected: str) -> None:
+    assert answers.normalise_vqa(text) == expected
+
+
+def leaving_each_out(answer: str, truths: list[str]) -> float:
+    """VQA's accuracy as its authors write it: over all people, each compared with the others."""
+    scores = []
+    for left_out in range(len(truths)):
+        others = truths[:left_out] + truths[left_out + 1 :]
+        scores.append(min(1.0, sum(truth == answer for truth in others) / 3))
+    return sum(scores) / len(scores)
+
+
+@pytest.mark.parametrize("agreeing", range(11))
+def test_vqa_accuracy_equals_the_loops(agreeing: int) -> None:
+    truths = ["red"] * agreeing + ["blue"] * (10 - agreeing)
+    expected = leaving_each_out("red", truths)
+    assert answers.vqa_accuracy("The red", truths) == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_reference_has_to_be_met() -> None:
+    assert answers.vqa_accuracy("two", ["2"]) == 1.0
+    assert answers.vqa_accuracy("two", ["3"]) == 0.0
+    assert answers.vqa_accuracy("two", []) == 0.0
+    assert answers.vqa_match("the two", "2")
+    assert not answers.vqa_match("3", "2")
+
+
+@given(st.sampled_from(sorted(answers.MATCHERS)), st.text(max_size=40), st.text(max_size=40))
+@settings(max_examples=300)
+def test_no_way_of_matching_raises(name: str, answer: str, truth: str) -> None:
+    assert answers.MATCHERS[name](answer, truth) in (True, False)
+
+
+@pytest.mark.parametrize("name", sorted(set(answers.MATCHERS) - {"box"}))
+def test_the_truth_itself_is_right_by_any_name(name: str) -> None:
+    assert answers.MATCHERS[name]("12", "12")
+    assert not answers.MATCHERS[name]("40", "12")

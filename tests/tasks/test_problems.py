@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,15 @@ import pytest
 
 from cascadevl.errors import DataError
 from cascadevl.tasks.handwriting import Handwriting
-from cascadevl.tasks.problems import FileProblems, Problem, TaskProblems
+from cascadevl.tasks.problems import (
+    FileProblems,
+    OpenProblems,
+    Problem,
+    TaskProblems,
+    problem_of,
+)
 from cascadevl.tasks.text import Text
-from cascadevl.types import ImageRef
+from cascadevl.types import ImageRef, Message, Rollout
 
 
 @pytest.fixture
@@ -72,6 +79,9 @@ def test_released_conversations(folder: Path) -> None:
         ({"answer": "3", "metric": "exact"}, "3", "3.0"),
         ({"answer": 100, "metric": "relaxed"}, "104", "106"),
         ({"answer": "a, b", "metric": "list"}, "b and a", "a"),
+        ({"answer": "International", "metric": "anls"}, "internationa1", "national"),
+        ({"answer": "2 dogs", "metric": "vqa"}, "The two dogs", "dogs"),
+        ({"answer": "[[0, 0, 10, 10]]", "metric": "box"}, "[[0, 0, 10, 9]]", "[[9, 9, 10, 10]]"),
         ({"answer": "B", "choices": {"A": "one", "B": "two"}}, "The answer is (B).", "A"),
         ({"answer": "B", "choices": {"A": "one", "B": "two"}}, "two", "one"),
     ],
@@ -154,3 +164,92 @@ def test_tasks_take_turns() -> None:
     assert all(problem.solutions for index in range(6) for problem in worked[index])
     questions = tasks[0].draw("train", 5, 0).questions
     assert len(worked[0]) == sum(question.reasoning is not None for question in questions)
+
+
+def test_preference_pairs_are_questions_too(folder: Path) -> None:
+    pair = {"question": "<image>\n2 + 2?", "image": "a.png", "chosen": "4", "rejected": "5"}
+    problem = only(folder, {**pair, "answer_gt": "4", "system_prompt": "Think."})
+    assert problem.prompt.parts == (ImageRef(folder / "a.png"), "\n2 + 2?")
+    assert (problem.reference, problem.metric) == ("4", "math")
+    with pytest.raises(DataError, match="no answer to check"):
+        only(folder, pair)
+
+
+def test_a_problem_says_how_it_is_checked(folder: Path) -> None:
+    fields = {"question": "?", "answer": "B", "choices": {"A": "one", "B": "two"}}
+    problem = only(folder, fields)
+    assert (problem.metric, problem.choices) == ("choice", (("A", "one"), ("B", "two")))
+    task = Handwriting(difficulty="add_digits", num_questions=3)
+    for drawn, asked in zip(
+        TaskProblems(tasks=[task], num_scenes=1, worked_only=False)[0],
+        task.draw("train", 0, 0).questions,
+        strict=True,
+    ):
+        assert (drawn.metric, drawn.choices) == (asked.metric, asked.choices)
+
+
+def test_a_stored_question_is_checked_as_it_was() -> None:
+    stored = Rollout(
+        problem_id="x",
+        prompt=(Message.of("system", "s"), Message.of("user", "Which?")),
+        reference="B",
+        answers=(),
+        metric="choice",
+        choices=(("A", "one"), ("B", "two")),
+    )
+    problem = problem_of(stored)
+    assert (problem.problem_id, problem.prompt.text, problem.reference) == ("x", "Which?", "B")
+    assert problem.check("two")
+    assert not problem.check("one")
+    assert not problem_of(replace(stored, metric="")).check("B")
+    with pytest.raises(DataError, match="the metric is 'guess'"):
+        problem_of(replace(stored, metric="guess"))
+
+
+def open_problems(folder: Path, *lines: dict[str, Any]) -> OpenProblems:
+    (folder / "o.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    return OpenProblems(folder / "o.jsonl")
+
+
+def test_open_questions_have_no_right_answer(folder: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A door."}]
+    system = {"role": "system", "content": "Think."}
+    problems = open_problems(
+        folder,
+        {"id": "x", "image": "a.png", "conversations": turns},
+        {"messages": [system, {"role": "user", "content": "Why?"}]},
+        {"question": "<image>\nWhat?", "image": "a.png", "chosen": "A door.", "rejected": "No."},
+    )
+    assert len(problems) == 3
+    (shown,), (told,), (pair,) = problems[0], problems[1], problems[2]
+    assert shown.prompt.parts == pair.prompt.parts == (ImageRef(folder / "a.png"), "\nWhat?")
+    assert (told.prompt.role, told.prompt.parts) == ("user", ("Why?",))
+    assert [each.problem_id for each in (shown, told, pair)] == ["o:1:x", "o:2", "o:3"]
+    for each in (shown, told, pair):
+        assert (each.reference, each.metric) == ("", "")
+        assert not each.check("A door.")
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ({"question": "?", "image": "no.png"}, "missing_image"),
+        ({"question": "?", "video": "a.mp4"}, "bad_field"),
+        ({"id": 5}, "bad_field"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                    {"role": "user", "content": "c"},
+                ]
+            },
+            "bad_turns",
+        ),
+    ],
+)
+def test_what_is_no_open_question_is_named(folder: Path, line: dict[str, Any], kind: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_problems(folder, {"question": "?"}, line)[1]
+    assert caught.value.kind == kind
+    assert str(caught.value.source) == f"{folder / 'o.jsonl'}:2"

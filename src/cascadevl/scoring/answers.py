@@ -1,7 +1,7 @@
 """Is this answer right? Pure functions of strings that never raise, whatever a model wrote.
 
 The ways of matching are those of the reports' preference and RL data (MMPR, arXiv 2411.10442:
-exact, relaxed 5 %, ANLS, multiple choice, mathematical equality) plus lists and boxes.
+exact, VQA, relaxed 5 %, ANLS, multiple choice, mathematical equality) plus lists and boxes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rapidfuzz.distance import Levenshtein
 
@@ -19,6 +19,9 @@ RELAXED_TOLERANCE = 0.05
 
 ANLS_THRESHOLD = 0.5
 """From this normalised distance on an answer scores 0 (ST-VQA, arXiv 1907.00490)."""
+
+CORRECT_ABOVE = 0.9
+"""From a score to right or wrong, where a way of matching gives one (public code of MMPR)."""
 
 # Blanks are counted: unbounded ones beside each other take quadratic time on hostile text.
 _MARKER = re.compile(r"\banswer\s{0,3}(?:is\s{0,3}:?|:)\s*([^\n]*)", re.IGNORECASE)
@@ -139,6 +142,49 @@ def _similarity(left: str, right: str) -> float:
     longer = max(len(left), len(right))
     distance = Levenshtein.distance(left, right) / longer if longer else 0.0
     return 1.0 - distance if distance < ANLS_THRESHOLD else 0.0
+
+
+def anls_match(answer: str, truth: str) -> bool:
+    """Whether the similarity is above `CORRECT_ABOVE`: one letter in eleven may be wrong."""
+    return anls(answer, [truth]) > CORRECT_ABOVE
+
+
+_VQA_DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"}
+_VQA_DIGITS |= {"five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+_VQA_APOSTROPHE = re.compile("['\u2019]")
+_VQA_POINT = re.compile(r"(?<![0-9])\.|\.(?![0-9])|(?<=[0-9]),(?=[0-9])")
+_VQA_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
+
+
+def normalise_vqa(text: str) -> str:
+    """As VQA answers are compared: no articles and punctuation, number words as digits.
+
+    The official table of contractions is replaced by leaving out every apostrophe.
+    """
+    bare = _VQA_POINT.sub("", _VQA_APOSTROPHE.sub("", normalise(text)))
+    words = _VQA_PUNCTUATION.sub(" ", bare).split()
+    return " ".join(_VQA_DIGITS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
+    """VQA accuracy, in 0 to 1: as many as three people agree (VQA, arXiv 1505.00468).
+
+    Args:
+        answer: What is scored.
+        truths: What people answered: ten of them, each left out once and the results averaged;
+            or one reference, which has to be met.
+    """
+    given = normalise_vqa(answer)
+    agreeing = sum(normalise_vqa(truth) == given for truth in truths)
+    if len(truths) < 2:
+        return float(agreeing)
+    with_one_less = agreeing * min(1.0, (agreeing - 1) / 3)
+    return (with_one_less + (len(truths) - agreeing) * min(1.0, agreeing / 3)) / len(truths)
+
+
+def vqa_match(answer: str, truth: str) -> bool:
+    """Equal after `normalise_vqa`."""
+    return vqa_accuracy(answer, [truth]) > CORRECT_ABOVE
 
 
 def multiple_choice(text: str, choices: Mapping[str, str]) -> str | None:
@@ -276,3 +322,17 @@ def _too_costly(text: str) -> bool:
     return (
         not text.strip() or len(text) > _MAX_MATH_CHARACTERS or _EXPLOSIVE.search(text) is not None
     )
+
+
+MATCHERS: Mapping[str, Callable[[str, str], bool]] = {
+    "exact": exact_match,
+    "number": numeric_match,
+    "relaxed": relaxed_match,
+    "anls": anls_match,
+    "vqa": vqa_match,
+    "list": list_match,
+    "box": boxes_match,
+    "math": math_match,
+}
+"""Ways of matching by the names that data files give them, of final answer and truth. Multiple
+choice also needs the choices (`multiple_choice_match`)."""

@@ -24,7 +24,9 @@ from cascadevl.types import ImageRef, Message, Part, Record
 Split: TypeAlias = Literal["train", "test"]
 Stage: TypeAlias = Literal["pretrain", "sft", "document"]
 Style: TypeAlias = Literal["short", "steps", "think"]
-Metric: TypeAlias = Literal["exact", "number", "relaxed", "list", "box", "choice", "math"]
+Metric: TypeAlias = Literal[
+    "exact", "number", "relaxed", "anls", "vqa", "list", "box", "choice", "math"
+]
 
 DESCRIBE_PROMPT = "Describe the picture."
 
@@ -54,21 +56,9 @@ class Question:
     def check(self, text: str) -> bool:
         """Whether a whole response (steps and thinking included) gives the right answer."""
         given = answers.final_answer(text)
-        match self.metric:
-            case "number":
-                return answers.numeric_match(given, self.answer)
-            case "relaxed":
-                return answers.relaxed_match(given, self.answer)
-            case "list":
-                return answers.list_match(given, self.answer)
-            case "box":
-                return answers.boxes_match(given, self.answer)
-            case "choice":
-                return answers.multiple_choice_match(given, self.answer, dict(self.choices))
-            case "math":
-                return answers.math_match(given, self.answer)
-            case _:
-                return answers.exact_match(given, self.answer)
+        if self.metric == "choice":
+            return answers.multiple_choice_match(given, self.answer, dict(self.choices))
+        return answers.MATCHERS[self.metric](given, self.answer)
 
     def response(self, style: Style = "steps") -> str:
         """The response to train on.

@@ -1,4 +1,4 @@
-"""Tasks as entries of a meta file: ``"annotation": "task:shapes"`` beside files of records.
+"""Tasks by name: as entries of a meta file, ``"annotation": "task:shapes"``, and in settings.
 
 ``data`` reads the entry and knows no task; here it becomes a source, or a row of a suite.
 """
@@ -101,6 +101,21 @@ def task_of(spec: DatasetSpec) -> Task:
         return make(**settings)
     except (TypeError, ValueError) as error:  # a ConfigError is a ValueError
         raise ConfigError(f"data set {spec.name!r}: task.settings: {error}") from error
+
+
+def task_named(text: str) -> Task:
+    """The task that a word names: ``handwriting``, or ``handwriting:add`` for a difficulty.
+
+    Raises:
+        ConfigError: If there is no such task or difficulty.
+    """
+    name, _, difficulty = text.partition(":")
+    if name not in TASKS:
+        raise ConfigError(f"there is no task {name!r}; choose from {', '.join(sorted(TASKS))}")
+    try:
+        return TASKS[name](**({"difficulty": difficulty} if difficulty else {}))
+    except TypeError as error:
+        raise ConfigError(f"the task {name!r} has no difficulties; name it alone") from error
 
 
 def _one_of(value: str, known: Collection[T], spec: DatasetSpec, field: str) -> T:

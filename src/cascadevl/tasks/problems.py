@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from cascadevl.data.conversation import split_thinking, thinking_answer
 from cascadevl.data.image import open_image
 from cascadevl.data.json_text import decode_json
-from cascadevl.data.parsing import parse_record
+from cascadevl.data.parsing import PAIR_FIELDS, parse_record
+from cascadevl.data.questions import parse_question, read_lines
 from cascadevl.errors import DataError
 from cascadevl.scoring.answers import final_answer
 from cascadevl.tasks.base import Metric, Question, Split, Task, to_prompt
-from cascadevl.types import ImageRef, Message, VideoRef
+from cascadevl.types import ImageRef, Message, Rollout, VideoRef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,8 @@ class Problem:
         reference: The reference answer, short.
         check: Whether a response gives the right final answer.
         solutions: Worked solutions that came with it, in thinking form; often none.
+        metric: How ``check`` compares; empty for an open question, to which no answer is right.
+        choices: Letter and text of each choice, for metric ``"choice"``.
     """
 
     problem_id: str
@@ -37,6 +40,8 @@ class Problem:
     reference: str
     check: Callable[[str], bool]
     solutions: tuple[str, ...] = ()
+    metric: Metric | Literal[""] = ""
+    choices: tuple[tuple[str, str], ...] = ()
 
 
 @runtime_checkable
@@ -95,6 +100,8 @@ class TaskProblems:
                     reference=question.answer,
                     check=question.check,
                     solutions=worked,
+                    metric=question.metric,
+                    choices=question.choices,
                 )
             )
         return problems
@@ -113,8 +120,9 @@ class TaskProblems:
 class FileProblems:
     """Questions of a JSONL file, a line a group.
 
-    A line holds ``question`` and ``answer``, or a conversation in the released format whose last
-    answer is the reference; ``image`` and ``id`` as in any record. Further fields: ``metric``, how
+    A line holds ``question`` and ``answer`` (``answer_gt`` in MMPR), or a conversation in the
+    released format whose last answer is the reference; ``image`` and ``id`` as in any record. Of
+    preference pairs, only the question and its reference count. Further fields: ``metric``, how
     answers are compared (a `Metric`; without it "math" where the reference has a digit or a
     formula, else "exact"), ``choices``, a letter's text each, and ``solution``, a worked solution
     in thinking form. A system turn is left out: here it says the mode.
@@ -153,7 +161,8 @@ class FileProblems:
         source = f"{self._path}:{number}"
         fields = decode_json(line, source=source)
         if isinstance(fields, Mapping) and "question" in fields:
-            fields = {**fields, "conversations": _turns(fields, source)}
+            own = {key: fields[key] for key in fields if key not in PAIR_FIELDS}
+            fields = {**own, "conversations": _turns(fields, source)}
         record = parse_record(fields, source=source, root=self._root, position=f"{number}")
         assert isinstance(fields, Mapping), "the parser takes nothing else"
         turns = [turn for turn in record.messages if turn.role != "system"]
@@ -181,12 +190,99 @@ class FileProblems:
                 reference=reference,
                 check=question.check,
                 solutions=_solutions(fields, answer.text, source),
+                metric=question.metric,
+                choices=question.choices,
             )
         ]
 
     def settings(self) -> dict[str, Any]:
         """The file and its length."""
         return {"file": str(self._path.resolve()), "root": str(self._root), "num": len(self)}
+
+
+class OpenProblems:
+    """Questions of a JSONL file that have no reference, a line each: no answer to them is right.
+
+    A line is one that `cascadevl.data.questions.parse_question` reads, with one question; an answer
+    at its end is left out, and so is a system turn.
+    """
+
+    def __init__(self, path: Path, *, root: Path | None = None) -> None:
+        """Read the file; lines are looked at when they are asked for.
+
+        Args:
+            path: The file.
+            root: Folder that the paths of pictures start from; the file's own if None.
+
+        Raises:
+            DataError: Of kind ``missing_file``.
+        """
+        self._path, self._root = path, root or path.parent
+        self._lines = list(read_lines(path))
+
+    def __len__(self) -> int:
+        """Number of lines that are not blank."""
+        return len(self._lines)
+
+    def __getitem__(self, index: int, /) -> list[Problem]:
+        """The question of one line."""
+        line = self._lines[index]
+        source = f"{self._path}:{line.number}"
+        name, messages = parse_question(line, file=self._path, root=self._root)
+        turns = [turn for turn in messages if turn.role != "system"]
+        if len(turns) != 1:
+            raise DataError(
+                f"the conversation has {len(turns)} turns before the answer, the system's not "
+                "counted",
+                kind="bad_turns",
+                source=source,
+                remedy="give one question",
+            )
+        _open_pictures(turns[0], source)
+        own = "" if name == line.number else f":{name}"
+        return [
+            Problem(
+                problem_id=f"{self._path.stem}:{line.number}{own}",
+                prompt=turns[0],
+                reference="",
+                check=_nothing_is_right,
+            )
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """The file and its length."""
+        return {"open": str(self._path.resolve()), "root": str(self._root), "num": len(self)}
+
+
+def _nothing_is_right(_: str) -> bool:
+    return False
+
+
+def problem_of(rollout: Rollout) -> Problem:
+    """The question of a stored group, which further answers can be checked against.
+
+    Args:
+        rollout: The group.
+
+    Raises:
+        DataError: Of kind ``bad_field``, if its metric is unknown.
+    """
+    metric = _known(rollout.metric, rollout.problem_id) if rollout.metric else ""
+    question = Question(
+        prompt=rollout.prompt[-1].text,
+        answer=rollout.reference,
+        kind="",
+        metric=metric or "exact",
+        choices=rollout.choices,
+    )
+    return Problem(
+        problem_id=rollout.problem_id,
+        prompt=rollout.prompt[-1],
+        reference=rollout.reference,
+        check=question.check if metric else _nothing_is_right,
+        metric=metric,
+        choices=rollout.choices,
+    )
 
 
 def _open_pictures(prompt: Message, source: str) -> None:
@@ -205,7 +301,8 @@ def _open_pictures(prompt: Message, source: str) -> None:
 
 
 def _turns(fields: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
-    question, answer = fields["question"], fields.get("answer")
+    question = fields["question"]
+    answer = fields.get("answer", fields.get("answer_gt"))
     if not isinstance(question, str):
         raise DataError(
             f"is {question!r:.60}",
@@ -232,15 +329,20 @@ def _metric(fields: Mapping[str, Any], reference: str, source: str) -> Metric:
     if metric is None:
         has_number = any(each.isdigit() or each == "\\" for each in reference)
         return "choice" if "choices" in fields else "math" if has_number else "exact"
-    if metric not in get_args(Metric):
-        raise DataError(
-            f"the metric is {metric!r}",
-            kind="bad_field",
-            source=source,
-            field="metric",
-            remedy=f"use one of {', '.join(get_args(Metric))}",
-        )
-    return metric  # type: ignore[no-any-return]
+    return _known(metric, source)
+
+
+def _known(metric: object, source: str) -> Metric:
+    for known in get_args(Metric):
+        if metric == known:
+            return known  # type: ignore[no-any-return]
+    raise DataError(
+        f"the metric is {metric!r}",
+        kind="bad_field",
+        source=source,
+        field="metric",
+        remedy=f"use one of {', '.join(get_args(Metric))}",
+    )
 
 
 def _choices(fields: Mapping[str, Any], source: str) -> tuple[tuple[str, str], ...]:
