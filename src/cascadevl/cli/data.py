@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascadevl.cli import data_think
+from cascadevl.cli import data_filter, data_preferences, data_rollouts, data_think
 from cascadevl.cli.arguments import Subparsers, positive_int
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
     """Describe the command and its sub-commands."""
     parser = subparsers.add_parser(
         "data",
-        help="look at training data, make thinking data",
+        help="look at training data, make thinking and preference data",
         description="Look at training data in the released formats, and make some.",
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -55,7 +55,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "--deep", action="store_true", help="decode every picture and video, not only headers"
     )
     check.set_defaults(run=run)
-    data_think.add_parser(actions)
+    for action in (data_think, data_rollouts, data_preferences, data_filter):
+        action.add_parser(actions)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cascadevl.cli.arguments import Subparsers, positive_int
+from cascadevl.cli.problems import add_problems, problems_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from cascadevl.eval.responder import Responder
-    from cascadevl.tasks.problems import Problems
     from cascadevl.workflows.thinking_config import ThinkingConfig, ThinkingReport
 
 KEPT_NOTHING = 1
@@ -32,33 +32,14 @@ def add_parser(actions: Subparsers) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted attempt")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    _add_problems(parser)
-    _add_responder(parser)
-    _add_filters(parser)
-    parser.set_defaults(run=run)
-
-
-def _add_problems(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("questions")
-    group.add_argument(
-        "--task",
-        action="append",
-        default=[],
-        metavar="NAME[:DIFFICULTY]",
-        help="draw questions of a task, as text or handwriting:add_digits; may be repeated",
-    )
-    group.add_argument(
-        "--scenes", type=positive_int, default=1000, metavar="N", help="of each task (1000)"
-    )
-    group.add_argument(
+    add_problems(parser).add_argument(
         "--all-questions",
         action="store_true",
         help="also a task's questions without worked reasoning",
     )
-    group.add_argument(
-        "--questions", type=Path, metavar="FILE.jsonl", help="lines with question and answer"
-    )
-    group.add_argument("--root", type=Path, metavar="DIR", help="of the file's pictures")
+    _add_responder(parser)
+    _add_filters(parser)
+    parser.set_defaults(run=run)
 
 
 def _add_responder(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
     from cascadevl.workflows.thinking_data import make_thinking_data
 
-    config, problems = _config(args), _problems(args)
+    config = _config(args)
+    problems = problems_of(args, worked_only=not args.all_questions)
     responder, judge = _responder(args), _judge(args)
     screen = Console(stderr=True)
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
@@ -148,35 +130,6 @@ def _config(args: argparse.Namespace) -> ThinkingConfig:
         judge_threshold=args.judge_threshold,
         seed=args.seed,
     )
-
-
-def _problems(args: argparse.Namespace) -> Problems:
-    from cascadevl.errors import ConfigError
-    from cascadevl.tasks.problems import FileProblems, TaskProblems
-
-    if bool(args.task) == (args.questions is not None):
-        raise ConfigError("name either tasks (--task) or a file (--questions) to take them from")
-    if args.questions is not None:
-        return FileProblems(args.questions, root=args.root)
-    return TaskProblems(
-        tasks=[_task(text) for text in args.task],
-        num_scenes=args.scenes,
-        seed=args.seed,
-        worked_only=not args.all_questions,
-    )
-
-
-def _task(text: str) -> Any:
-    from cascadevl.errors import ConfigError
-    from cascadevl.tasks import TASKS
-
-    name, _, difficulty = text.partition(":")
-    if name not in TASKS:
-        raise ConfigError(f"there is no task {name!r}; choose from {', '.join(sorted(TASKS))}")
-    try:
-        return TASKS[name](**({"difficulty": difficulty} if difficulty else {}))
-    except TypeError as error:
-        raise ConfigError(f"the task {name!r} has no difficulties; write --task {name}") from error
 
 
 def _responder(args: argparse.Namespace) -> Responder | None:

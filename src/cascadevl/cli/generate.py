@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cascadevl.cli.arguments import Subparsers, byte_size, increment, positive_int
-from cascadevl.cli.wording import worded
+from cascadevl.cli.arguments import Subparsers, increment, positive_int
+from cascadevl.cli.backends import add_backend, backend_facts, open_backend
+from cascadevl.cli.wording import print_failures, worded
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
-    from cascadevl.data.processor import CascadeVLProcessor
-    from cascadevl.engine.backends import Backend
-    from cascadevl.engine.offline import OfflineConfig, OfflineReport
+    from cascadevl.engine.offline import Failure, OfflineConfig, OfflineReport
     from cascadevl.engine.sampling import SamplingParams
 
 SOME_FAILED = 1
-_SHOWN = 20  # failures that are printed
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -40,52 +36,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--root", type=Path, metavar="DIR", help="of relative paths (default: that of IN.jsonl)"
     )
-    _add_backend(parser)
+    add_backend(parser)
     _add_sampling(parser)
     parser.set_defaults(run=run)
-
-
-def _add_backend(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("who answers")
-    group.add_argument(
-        "--backend",
-        default="engine",
-        metavar="B",
-        help="engine (the default), transformers (slow, the reference), or the address of a vLLM "
-        "server with the language half, as http://localhost:8000/v1",
-    )
-    group.add_argument("--served-model", metavar="NAME", help="as the server knows it, if several")
-    group.add_argument(
-        "--api-key-env",
-        metavar="NAME",
-        default="OPENAI_API_KEY",
-        help="environment variable with the server's key (OPENAI_API_KEY)",
-    )
-    group.add_argument(
-        "--concurrency", type=positive_int, default=16, metavar="N", help="requests at a time (16)"
-    )
-    group.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="of the server, in seconds (600)"
-    )
-    group.add_argument(
-        "--cache-bytes",
-        type=byte_size,
-        default=2**30,
-        metavar="N",
-        help="memory of the engine for keys and values, as 500MB or 4GB (default: 1 GiB)",
-    )
-    group.add_argument(
-        "--weights",
-        choices=("stored", "packed", "int8"),
-        default="stored",
-        help="of the engine's language half: as stored (default), packed for a CPU, or int8",
-    )
-    group.add_argument(
-        "--batch-invariant",
-        action="store_true",
-        help="compute every answer as if it ran alone, to the bit; slower",
-    )
-    group.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args)
     screen = Console(stderr=True)
     with screen.status(f"loading {args.model}"):
-        backend, processor = _backend(args)
+        backend, processor = open_backend(args)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -161,7 +114,9 @@ def run(args: argparse.Namespace) -> int:
             words = f"questions ({failed} failed)" if failed else "questions"
             progress.update(bar, completed=done, total=total, description=words)
 
-        report = answer_file(config, processor, backend, facts=_facts(args), on_progress=show)
+        report = answer_file(
+            config, processor, backend, facts=backend_facts(args), on_progress=show
+        )
     print_report(report, config, screen)
     return SOME_FAILED if report.failures else 0
 
@@ -201,58 +156,6 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def _backend(args: argparse.Namespace) -> tuple[Backend, CascadeVLProcessor]:
-    from cascadevl.cli.chat import usable_device
-    from cascadevl.errors import ConfigError
-
-    device = usable_device(args.device)
-    if args.backend in ("engine", "transformers"):
-        return _own_backend(args, device)
-    if "://" not in args.backend:
-        raise ConfigError(
-            f"there is no backend {args.backend!r}; give engine, transformers, or the address of "
-            f"a vLLM server as http://localhost:8000/v1"
-        )
-    from cascadevl.engine.http_json import HttpServer
-    from cascadevl.engine.vllm import connect
-    from cascadevl.model.vision_half import load_vision_half
-
-    key = os.environ.get(args.api_key_env)
-    server = HttpServer(url=args.backend, api_key=key, timeout_s=args.timeout)
-    half, processor = load_vision_half(args.model, device=device)
-    served, most = args.served_model, args.concurrency
-    return connect(half, processor, server, served_model=served, concurrency=most), processor
-
-
-def _own_backend(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[Backend, CascadeVLProcessor]:
-    import cascadevl
-
-    model, processor = cascadevl.load(args.model, device=device)
-    if args.backend == "transformers":
-        from cascadevl.engine.transformers_backend import TransformersBackend
-
-        return TransformersBackend(model=model, processor=processor), processor
-    from cascadevl.engine.engine import Engine
-    from cascadevl.engine.engine_backend import EngineBackend
-    from cascadevl.engine.requests import EngineConfig
-
-    config = EngineConfig(cache_bytes=args.cache_bytes, batch_invariant=args.batch_invariant)
-    if args.weights == "stored":
-        return EngineBackend(engine=Engine(model, processor, config)), processor
-    from cascadevl.engine.packed_weights import pack
-
-    packed = pack(model, args.weights, release=True)
-    return EngineBackend(engine=Engine(packed, processor, config)), processor
-
-
-def _facts(args: argparse.Namespace) -> dict[str, Any]:
-    """What answers depend on beside the configuration; a server may move to another address."""
-    kind = "vllm" if "://" in args.backend else args.backend
-    return {"model": args.model, "backend": kind, "weights": args.weights}
-
-
 def print_report(report: OfflineReport, config: OfflineConfig, console: Console) -> None:
     """Print what became of the questions; those that failed with their lines.
 
@@ -261,12 +164,7 @@ def print_report(report: OfflineReport, config: OfflineConfig, console: Console)
         config: Where they stood.
         console: Where to print.
     """
-    for failure in report.failures[:_SHOWN]:
-        place, problem = f"{config.questions}:{failure.line}", worded(failure.error)
-        text = problem if problem.startswith(place) else f"{place}: {problem}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-    if len(report.failures) > _SHOWN:
-        console.print(f"... and {len(report.failures) - _SHOWN} more", highlight=False)
+    print_failures([_placed(failure, config) for failure in report.failures], console)
     before = f" ({report.num_before:,} before)" if report.num_before else ""
     console.print(
         f"{report.num_before + report.num_answered:,} of {report.num_questions:,} questions are "
@@ -274,3 +172,8 @@ def print_report(report: OfflineReport, config: OfflineConfig, console: Console)
         highlight=False,
     )
     console.print(f"answers: {config.out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _placed(failure: Failure, config: OfflineConfig) -> str:
+    place, problem = f"{config.questions}:{failure.line}", worded(failure.error)
+    return problem if problem.startswith(place) else f"{place}: {problem}"

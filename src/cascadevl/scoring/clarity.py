@@ -44,6 +44,11 @@ def words_of(text: str) -> list[str]:
     return [match[0] for match in _WORD.finditer(text)]
 
 
+def word_ends(text: str) -> list[int]:
+    """Where each of `words_of` ends in the text."""
+    return [match.end() for match in _WORD.finditer(text)]
+
+
 def clarity_fault(
     thinking: str,
     answer: str,
