@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from tests.data.conftest import TEXTS
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from cascadevl.data.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, build_tokenizer
+from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.data.tokenizer import (
+    MIN_VOCAB_SIZE,
+    SPECIAL_TOKENS,
+    build_letter_tokenizer,
+    build_tokenizer,
+)
 from cascadevl.errors import ConfigError
 
 RELEASED_ORDER = (
@@ -107,3 +113,81 @@ def test_saved_and_loaded_by_transformers(
     assert (loaded.eos_token_id, loaded.pad_token_id) == (2, 0)
     assert loaded.context_image_token_id == 5
     assert len(loaded) == len(tokenizer)
+
+
+WORDINGS = ["Is there a red star?\nyes", "What is 1 + 2?\n1 + 2 = 3"]
+
+
+@pytest.fixture(scope="module")
+def by_letters() -> PreTrainedTokenizerFast:
+    return build_letter_tokenizer(WORDINGS, 400)
+
+
+def test_words_of_the_texts_are_whole_and_others_are_letters(
+    by_letters: PreTrainedTokenizerFast,
+) -> None:
+    tokens = by_letters.tokenize("Is there a red cart?")
+    assert tokens == ["Is", "\u0120there", "\u0120", "a", "\u0120red", "\u0120", *"cart", "?"]
+    # A whole word is no piece of a longer one, nor of itself without its space.
+    assert by_letters.tokenize("yes yesterday") == ["yes", "\u0120", *"yesterday"]
+    assert by_letters.tokenize("red") == list("red")
+    assert by_letters.tokenize("r-e-d") == list("r-e-d")
+    assert by_letters.tokenize("12 + 7") == ["1", "2", "\u0120+", "\u0120", "7"]
+
+
+def test_by_letters_everything_else_is_as_before(by_letters: PreTrainedTokenizerFast) -> None:
+    assert by_letters.convert_ids_to_tokens(list(range(13))) == RELEASED_ORDER.split()
+    assert all(by_letters.added_tokens_decoder[number].special for number in range(13))
+    for role in ("user", "assistant"):
+        assert len(by_letters(f"<|im_start|>{role}\n").input_ids) == 3
+    assert len(by_letters("<think>12</think>").input_ids) == 4
+    assert sorted(by_letters.get_vocab().values()) == list(range(len(by_letters)))
+
+
+def test_the_most_frequent_words_get_the_room_there_is() -> None:
+    texts = ["often often often", "twice twice", "once"]
+    small = build_letter_tokenizer(texts * 2, MIN_VOCAB_SIZE + 4)
+    whole = {token for token in small.get_vocab() if token.strip("\u0120").isalpha()}
+    assert {token for token in whole if len(token) > 2} == {
+        *("user", "assistant", "\u0120often", "often"),
+    }
+    with pytest.raises(ConfigError, match=f"at least {MIN_VOCAB_SIZE}"):
+        build_letter_tokenizer(texts, MIN_VOCAB_SIZE - 1)
+
+
+@given(st.text())
+def test_by_letters_every_text_comes_back(by_letters: PreTrainedTokenizerFast, text: str) -> None:
+    ids = by_letters(text, add_special_tokens=False).input_ids
+    assert by_letters.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("model_type", [None, "internvl", "qwen3"])
+def test_by_letters_saved_and_loaded_by_transformers(
+    by_letters: PreTrainedTokenizerFast, tmp_path: Path, model_type: str | None
+) -> None:
+    by_letters.save_pretrained(tmp_path)
+    if model_type:
+        config = {"model_type": model_type, "architectures": ["X"]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "<|im_start|>user\nIs there a red cart?<think>e\u0301</think><|im_end|>"
+    assert loaded(text).input_ids == by_letters(text).input_ids
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (2, 0)
+
+
+def test_by_letters_through_our_processor(
+    by_letters: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    processor = CascadeVLProcessor(by_letters, system_message="")
+    processor.save_pretrained(tmp_path)
+    loaded = CascadeVLProcessor.from_pretrained(tmp_path)
+    turns = [{"role": "user", "content": [{"type": "text", "text": "Is there a red cart?"}]}]
+    made = [
+        each.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        for each in (processor, loaded)
+    ]
+    assert made[0] == made[1]
+    ids = loaded.tokenizer(made[0]).input_ids
+    assert ids == by_letters(made[0]).input_ids
+    # Three for each header, eleven for the question, two for the end of the turn.
+    assert len(ids) == 19

@@ -8,6 +8,8 @@ and everything above them are the same for models of 3 million and of 241 billio
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -47,6 +49,10 @@ NAMED_TOKENS = {
 
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256 + len(THINKING_TOKENS)
 
+_WHOLE = re.compile(r"\u0120?[A-Za-z]{2,}|\u0120[^\w\s]")
+"""What may be one token of a letter tokenizer: words, and signs behind a space (U+0120, where bytes
+are written as letters)."""
+
 # Qwen's: contractions, words with their leading space, digits one by one, punctuation, spaces.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -71,20 +77,8 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Raises:
         ConfigError: If ``vocab_size`` has no room for the bytes and the special tokens.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ConfigError(
-            f"vocab_size is {vocab_size}, but {len(SPECIAL_TOKENS)} special tokens, 256 bytes and "
-            f"{len(THINKING_TOKENS)} thinking tokens need at least {MIN_VOCAB_SIZE}"
-        )
-    tokenizer = Tokenizer(BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    _check_size(vocab_size)
+    tokenizer = _splitting(Tokenizer(BPE()))
     trainer = BpeTrainer(
         vocab_size=vocab_size - len(THINKING_TOKENS),
         special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
@@ -92,6 +86,68 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(_plain(texts), trainer)
+    return _finished(tokenizer)
+
+
+def build_letter_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of whole words and single letters, with nothing between them.
+
+    The words of the texts are one token each, with and without a space before them as they
+    occur. Every other word is written letter by letter, so that a model can write any word that it
+    can read, without having met its pieces. Otherwise as `build_tokenizer`.
+
+    Args:
+        texts: Holds the words that become tokens, the most frequent ones where there are too many.
+        vocab_size: Most tokens, special and thinking tokens included.
+
+    Raises:
+        ConfigError: If ``vocab_size`` has no room for the bytes and the special tokens.
+    """
+    _check_size(vocab_size)
+    splitter = _splitter()
+    counts = Counter(
+        piece
+        for text in _plain(texts)
+        for piece, _ in splitter.pre_tokenize_str(unicodedata.normalize("NFC", text))
+        if _WHOLE.fullmatch(piece)
+    )
+    whole = sorted(counts, key=lambda piece: (-counts[piece], piece))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*SPECIAL_TOKENS, *letters, *whole[: vocab_size - MIN_VOCAB_SIZE]]
+    ids = {token: number for number, token in enumerate(tokens)}
+    # Without merges a piece is one token if it is in the vocabulary, and otherwise its bytes.
+    tokenizer = _splitting(Tokenizer(BPE(vocab=ids, merges=[], ignore_merges=True)))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    return _finished(tokenizer)
+
+
+def _check_size(vocab_size: int) -> None:
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ConfigError(
+            f"vocab_size is {vocab_size}, but {len(SPECIAL_TOKENS)} special tokens, 256 bytes and "
+            f"{len(THINKING_TOKENS)} thinking tokens need at least {MIN_VOCAB_SIZE}"
+        )
+
+
+def _splitter() -> pre_tokenizers.Sequence:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _splitting(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, set to normalise and split as Qwen's."""
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _splitter()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """With the thinking tokens, as transformers takes it."""
     tokenizer.add_tokens([AddedToken(token, special=False) for token in THINKING_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
