@@ -21,7 +21,17 @@ from typing import Any, get_args
 
 import numpy as np
 
-from cascadevl.tasks import TASKS, charts, handwriting, printed, shapes, tables, text, words
+from cascadevl.tasks import (
+    TASKS,
+    charts,
+    handwriting,
+    letters,
+    printed,
+    shapes,
+    tables,
+    text,
+    words,
+)
 from cascadevl.tasks.base import Scene, Split, Task
 
 PATH = Path(__file__).with_name("tasks.json")
@@ -34,6 +44,7 @@ DIFFICULTIES = {
     "charts": tuple(charts.LEVELS),
     "grounding": tuple(shapes.LEVELS),
     "handwriting": tuple(handwriting.LEVELS),
+    "letters": tuple(letters.LEVELS),
     "printed": tuple(printed.LEVELS),
     "shapes": tuple(shapes.LEVELS),
     "text": tuple(text.LEVELS),
@@ -98,6 +109,7 @@ def snapshot() -> dict[str, Any]:
         "levels": {
             "charts": {name: asdict(level) for name, level in charts.LEVELS.items()},
             "handwriting": {name: asdict(level) for name, level in handwriting.LEVELS.items()},
+            "letters": {name: list(words) for name, words in letters.LEVELS.items()},
             "printed": {name: asdict(level) for name, level in printed.LEVELS.items()},
             "shapes": {name: asdict(level) for name, level in shapes.LEVELS.items()},
             "text": {name: asdict(level) for name, level in text.LEVELS.items()},

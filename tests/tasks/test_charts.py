@@ -185,3 +185,62 @@ def test_tables_are_the_published_ones() -> None:
     for table in all_tables():
         assert min(table.values) >= 0
         assert len(set(table.labels)) == len(table.labels) >= 3
+
+
+def test_the_axis_is_told_where_values_are_read_from_it() -> None:
+    table = "Jan 12, Feb 47, Mar 0, Apr 30."
+    assert charts.describe(CHART) == f"Bar chart with axis to 50 by 10, Things: {table}"
+    assert charts.describe(replace(CHART, printed=True)) == f"Bar chart, Things: {table}"
+    assert charts.describe(replace(CHART, form="pie")) == "Pie chart, Things: Jan, Feb, Mar, Apr."
+
+
+def test_worked_steps_read_up_to_what_is_asked() -> None:
+    assert charts.way_to("Feb", CHART) == "axis to 50 by 10: Jan 12, Feb 47"
+    assert charts.way_to("Jan", replace(CHART, printed=True)) == "Jan 12"
+
+
+@pytest.mark.parametrize("difficulty", sorted(LEVELS))
+def test_worked_steps_change_no_question(difficulty: str) -> None:
+    plain, worked = (
+        Charts(difficulty=difficulty, num_questions=20, worked=worked) for worked in (False, True)
+    )
+    for index in range(40):
+        pairs = zip(
+            plain.draw("test", 1, index).questions,
+            worked.draw("test", 1, index).questions,
+            strict=True,
+        )
+        for one, other in pairs:
+            assert replace(other, reasoning=one.reasoning) == one
+            assert other.check(other.response())
+            if one.kind == "value":
+                # The value that was read last is the answer.
+                assert other.reasoning is not None
+                assert other.reasoning.split()[-1] == one.answer
+                label = re.sub(r"^What is the value of (.*)\?$", r"\1", one.prompt)
+                assert other.reasoning.endswith(f"{label} {one.answer}")
+
+
+@pytest.mark.parametrize("difficulty", sorted(LEVELS))
+def test_invented_values_are_of_any_size_and_for_training_alone(difficulty: str) -> None:
+    plain = Charts(difficulty=difficulty, num_questions=20)
+    inventing = Charts(difficulty=difficulty, num_questions=20, invented=1.0)
+    for index in range(20):
+        one, other = plain.draw("test", 0, index), inventing.draw("test", 0, index)
+        assert one.questions == other.questions
+        assert one.image is not None
+        assert other.image is not None
+        assert one.image.tobytes() == other.image.tobytes()
+    assert any(
+        plain.draw("train", 0, index).description != inventing.draw("train", 0, index).description
+        for index in range(5)
+    )
+
+
+def test_drawn_values_fill_their_range() -> None:
+    generator = np.random.default_rng(0)
+    drawn = [charts.draw_values(generator, 4, 2) for _ in range(2000)]
+    assert {len(values) for values in drawn} == {4}
+    assert {max(values) for values in drawn} == set(range(10, 100))
+    shares = [value / max(values) for values in drawn for value in values]
+    assert np.histogram(shares, bins=4, range=(0, 0.9999))[0].min() > 1200

@@ -95,3 +95,25 @@ def test_numbered_words_and_lines() -> None:
 def test_words_by_length() -> None:
     assert {len(word) for word in words_of_length("test", 4, 5)} == {4, 5}
     assert spelled("cat") == "c-a-t"
+
+
+def test_invented_words_are_new_and_never_held_out() -> None:
+    task = Printed(difficulty="line", num_questions=9, invented=0.5)
+    train, test = set(load_words("train")), set(load_words("test"))
+    seen: list[str] = []
+    for index in range(200):
+        seen += task.draw("train", 0, index).description.split("font: ")[1].split()
+    assert not set(seen) & test
+    assert sum(word not in train for word in seen) / len(seen) == pytest.approx(0.5, abs=0.1)
+    assert all(word.isalpha() and 3 <= len(word) <= 6 for word in seen)
+
+
+def test_invention_is_for_training_alone() -> None:
+    plain = Printed(difficulty="lines", num_questions=9)
+    inventing = Printed(difficulty="lines", num_questions=9, invented=1.0)
+    for index in range(20):
+        one, other = plain.draw("test", 0, index), inventing.draw("test", 0, index)
+        assert one.questions == other.questions
+        assert one.image is not None
+        assert other.image is not None
+        assert one.image.tobytes() == other.image.tobytes()

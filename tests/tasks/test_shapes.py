@@ -185,3 +185,29 @@ def test_boxes_are_where_the_pixels_are() -> None:
 def test_pick_reaches_every_option() -> None:
     generator = np.random.default_rng(0)
     assert {pick(generator, "abc") for _ in range(60)} == {"a", "b", "c"}
+
+
+def test_worked_steps_list_the_shapes_up_to_the_one_asked_about() -> None:
+    plain = Shapes(difficulty="sizes", num_questions=20)
+    worked = Shapes(difficulty="sizes", num_questions=20, worked=True)
+    lengths: Counter[int] = Counter()
+    for index in range(60):
+        told, scene = plain.draw("test", 1, index), worked.draw("test", 1, index)
+        listed = next(each.answer for each in told.questions if each.kind == "list").split(", ")
+        for one, other in zip(told.questions, scene.questions, strict=True):
+            if one.kind not in ("color", "shape", "place", "size"):
+                assert other == one
+                continue
+            assert other.prompt == one.prompt
+            assert other.answer == one.answer
+            assert other.check(other.response())
+            assert other.reasoning is not None
+            seen = other.reasoning.split(", ")
+            assert seen == listed[: len(seen)]
+            # The last one fits what is asked, and no other does.
+            asked = one.prompt.rstrip("?").split(" is ")[-1].removeprefix("the ").split(" does")[0]
+            words = set(asked.split()) & {*COLOURS, *shapes.SHAPES}
+            fitting = [thing for thing in listed if words <= set(thing.split())]
+            assert fitting == [seen[-1]], (one.prompt, listed)
+            lengths[len(seen)] += 1
+    assert len(lengths) >= 4

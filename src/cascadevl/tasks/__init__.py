@@ -9,6 +9,7 @@ from cascadevl.tasks.charts import Charts
 from cascadevl.tasks.easy_vqa import EasyVQA
 from cascadevl.tasks.grounding import Grounding
 from cascadevl.tasks.handwriting import Handwriting
+from cascadevl.tasks.letters import Letters
 from cascadevl.tasks.needle import Needle
 from cascadevl.tasks.printed import Printed
 from cascadevl.tasks.shapes import Shapes
@@ -19,6 +20,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "easy_vqa": EasyVQA,
     "grounding": Grounding,
     "handwriting": Handwriting,
+    "letters": Letters,
     "needle": Needle,
     "printed": Printed,
     "shapes": Shapes,

@@ -99,12 +99,18 @@ class Charts:
         num_questions: At most so many questions a picture.
         difficulty: A key of ``LEVELS``.
         num_phrasings: How many wordings of each question are used.
+        worked: Whether a value or a name that is asked for comes with worked steps: what is read
+            on the way to it.
+        invented: Share of the charts in training whose values are no table's, so that no value is
+            known by heart. Test charts show tables alone.
     """
 
     px: int = 112
     num_questions: int = 3
     difficulty: str = "easy"
     num_phrasings: int = 1
+    worked: bool = False
+    invented: float = 0.0
     name: ClassVar[str] = "charts"
 
     def __post_init__(self) -> None:
@@ -127,10 +133,13 @@ class Charts:
         generator = scene_generator(f"{self.name}/{self.difficulty}", split, seed, index)
         level = LEVELS[self.difficulty]
         chart = draw_chart(generator, pick(generator, tables_for(split, level)), level)
+        if split == "train" and self.invented > 0 and generator.random() < self.invented:
+            values = draw_values(generator, len(chart.values), level.num_digits)
+            chart = replace(chart, values=values)
         kinds = self.kinds
         questions: list[Question] = []
         for number in generator.permutation(len(kinds)):
-            question = ask(generator, kinds[number], chart, self.num_phrasings)
+            question = ask(generator, kinds[number], chart, self.num_phrasings, worked=self.worked)
             if question is not None and len(questions) < self.num_questions:
                 questions.append(question)
         return Scene(
@@ -178,6 +187,14 @@ def draw_chart(generator: np.random.Generator, table: Table, level: Level) -> Ch
     return chart
 
 
+def draw_values(generator: np.random.Generator, count: int, num_digits: int) -> tuple[int, ...]:
+    """Values of any size, the largest with that many digits."""
+    largest = int(generator.integers(10 ** (num_digits - 1), 10**num_digits))
+    values: list[int] = generator.integers(0, largest + 1, size=count).tolist()
+    values[int(generator.integers(count))] = largest
+    return tuple(values)
+
+
 def _choose(generator: np.random.Generator, table: Table, count: int) -> list[int]:
     """Neighbours in time, or any entries in any order."""
     size = len(table.values)
@@ -194,24 +211,53 @@ def _scaled(value: float, power: int) -> int:
 
 
 def describe(chart: Chart) -> str:
-    """The dense description: the table, or only its labels where no value can be read."""
-    readable = chart.printed or chart.form != "pie"
-    cells = ", ".join(
-        f"{name} {value}" if readable else name
-        for name, value in zip(chart.labels, chart.values, strict=True)
-    )
+    """The dense description: axis and table, or only its labels where no value can be read."""
+    axis = f" with {_axis(chart)}" if _axis(chart) else ""
     title = f", {chart.title}" if chart.title else ""
-    return f"{FORM_NAMES[chart.form]}{title}: {cells}."
+    return f"{FORM_NAMES[chart.form]}{axis}{title}: {_cells(chart, len(chart.labels))}."
+
+
+def way_to(label: str, chart: Chart) -> str:
+    """What is read on the way to an entry: the axis, then the entries in order up to this one.
+
+    Args:
+        label: Its name.
+        chart: The chart.
+    """
+    axis = f"{_axis(chart)}: " if _axis(chart) else ""
+    return axis + _cells(chart, chart.labels.index(label) + 1)
+
+
+def _axis(chart: Chart) -> str:
+    """Where the axis ends and how far its ticks are apart; empty where there is none."""
+    if chart.printed or chart.form == "pie":
+        return ""
+    return f"axis to {chart.axis_end} by {chart.step}"
+
+
+def _cells(chart: Chart, count: int) -> str:
+    readable = chart.printed or chart.form != "pie"
+    return ", ".join(
+        f"{name} {value}" if readable else name
+        for name, value in zip(chart.labels[:count], chart.values[:count], strict=True)
+    )
 
 
 def ask(
-    generator: np.random.Generator, kind: str, chart: Chart, num_phrasings: int
+    generator: np.random.Generator,
+    kind: str,
+    chart: Chart,
+    num_phrasings: int,
+    *,
+    worked: bool = False,
 ) -> Question | None:
     """A question of one kind, or None where the chart does not show the answer clearly."""
     found = _ASKERS[kind](generator, chart)
     if found is None:
         return None
     about, answer, reasoning = found
+    if worked and kind in ("value", "which"):
+        reasoning = way_to(str(about[0]) if kind == "value" else answer, chart)
     prompt = pick(generator, PROMPTS[kind][:num_phrasings]).format(*about)
     metric: Metric = "relaxed" if kind == "value" else "exact"
     return Question(prompt=prompt, answer=answer, kind=kind, reasoning=reasoning, metric=metric)

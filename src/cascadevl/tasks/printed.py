@@ -18,7 +18,7 @@ import PIL.ImageDraw
 from cascadevl.errors import ConfigError
 from cascadevl.tasks.base import Question, Scene, Split, pick, pick_kinds, scene_generator
 from cascadevl.tasks.text import spelled
-from cascadevl.tasks.words import FONTS, font, words_of_length
+from cascadevl.tasks.words import FONTS, font, invent_word, words_of_length
 
 _MEASURED_PX = 100
 """Text is measured at this size and scaled, so that one font object serves every word."""
@@ -92,12 +92,15 @@ class Printed:
         num_questions: At most so many questions a picture, each of another kind.
         difficulty: A key of ``LEVELS``.
         num_phrasings: How many wordings of each question are used.
+        invented: Share of the words in training pictures that are no words, so that reading does
+            not become guessing. Test pictures show real words alone.
     """
 
     px: int = 112
     num_questions: int = 3
     difficulty: str = "word"
     num_phrasings: int = 1
+    invented: float = 0.0
     name: ClassVar[str] = "printed"
 
     def __post_init__(self) -> None:
@@ -116,7 +119,7 @@ class Printed:
         """Draw one picture with its questions."""
         generator = scene_generator(f"{self.name}/{self.difficulty}", split, seed, index)
         level = LEVELS[self.difficulty]
-        lines = draw_lines(generator, level, split)
+        lines = draw_lines(generator, level, split, self.invented)
         questions = [
             ask(generator, kind, lines, self.num_phrasings)
             for kind in pick_kinds(generator, level.kinds, self.num_questions)
@@ -131,14 +134,22 @@ class Printed:
         )
 
 
-def draw_lines(generator: np.random.Generator, level: Level, split: Split) -> list[list[str]]:
+def draw_lines(
+    generator: np.random.Generator, level: Level, split: Split, invented: float = 0.0
+) -> list[list[str]]:
     """The words of every line; word lengths are uniform."""
     lines = []
     for _ in range(int(generator.integers(level.num_lines[0], level.num_lines[1] + 1))):
         count = int(generator.integers(level.num_words[0], level.num_words[1] + 1))
         lengths = generator.integers(level.letters[0], level.letters[1] + 1, size=count).tolist()
-        lines.append([pick(generator, words_of_length(split, n, n)) for n in lengths])
+        lines.append([_draw_word(generator, n, split, invented) for n in lengths])
     return lines
+
+
+def _draw_word(generator: np.random.Generator, length: int, split: Split, invented: float) -> str:
+    if split == "train" and invented > 0 and generator.random() < invented:
+        return invent_word(generator, length)
+    return pick(generator, words_of_length(split, length, length))
 
 
 Lines = Sequence[Sequence[str]]
@@ -164,8 +175,7 @@ def ask(generator: np.random.Generator, kind: str, lines: Lines, num_phrasings: 
         options = list(lines[0]) if kind == "nth_word" else [" ".join(line) for line in lines]
         number = int(generator.integers(len(options)))
         return Question(prompt=prompt.format(number + 1), answer=options[number], kind=kind)
-    # Letters are what is seen; a tokenizer cuts words elsewhere.
-    reasoning = spelled(lines[0][0]) if kind in ("word", "num_letters") else None
+    reasoning = spelled(lines[0][0]) if kind == "num_letters" else None
     return Question(prompt=prompt, answer=_ANSWERS[kind](lines), kind=kind, reasoning=reasoning)
 
 

@@ -145,12 +145,15 @@ class Shapes:
         num_questions: At most so many questions a picture.
         difficulty: A key of ``LEVELS``.
         num_phrasings: How many wordings of each question are used.
+        worked: Whether what is asked about one object comes with worked steps: the objects in
+            reading order up to this one.
     """
 
     px: int = 112
     num_questions: int = 3
     difficulty: str = "easy"
     num_phrasings: int = 1
+    worked: bool = False
     name: ClassVar[str] = "shapes"
 
     def __post_init__(self) -> None:
@@ -170,7 +173,8 @@ class Shapes:
         paper = pick(generator, PAPERS)
         questions: list[Question] = []
         for number in generator.permutation(len(level.kinds)):
-            question = ask(generator, level.kinds[number], things, level, self.num_phrasings)
+            kind = level.kinds[number]
+            question = ask(generator, kind, things, level, self.num_phrasings, self.worked)
             if question is not None and len(questions) < self.num_questions:
                 questions.append(question)
         return Scene(
@@ -238,6 +242,7 @@ def ask(
     things: Sequence[Thing],
     level: Level,
     num_phrasings: int,
+    worked: bool = False,
 ) -> Question | None:
     """A question of one kind, or None where these objects allow none without ambiguity."""
     found = _ASKERS[kind](generator, things, level)
@@ -246,8 +251,18 @@ def ask(
     about, answer = found
     prompt = pick(generator, PROMPTS[kind][:num_phrasings]).format(about)
     return Question(
-        prompt=prompt, answer=answer, kind=kind, metric="list" if kind == "list" else "exact"
+        prompt=prompt,
+        answer=answer,
+        kind=kind,
+        reasoning=_way_to(about, kind, things) if worked and kind in _NAMED_BY else None,
+        metric="list" if kind == "list" else "exact",
     )
+
+
+def _way_to(about: str, kind: str, things: Sequence[Thing]) -> str:
+    """The objects in reading order up to the one that the question calls so."""
+    names = [_NAMED_BY[kind](thing) for thing in things]
+    return list_things(things[: names.index(about) + 1])
 
 
 Found = tuple[str, str] | None
@@ -302,8 +317,18 @@ def _unique(
     return pick(generator, single) if single else None
 
 
-def _about_one(key: Callable[[Thing], str], answer: Callable[[Thing], str]) -> Asker:
+_NAMED_BY: dict[str, Callable[[Thing], str]] = {
+    "color": lambda thing: thing.shape,
+    "shape": lambda thing: thing.colour,
+    "place": lambda thing: thing.name,
+    "size": lambda thing: thing.name,
+}
+"""What a question about one object calls it."""
+
+
+def _about_one(kind: str, answer: Callable[[Thing], str]) -> Asker:
     """Ask about an object that its name points to without doubt."""
+    key = _NAMED_BY[kind]
 
     def asker(generator: np.random.Generator, things: Sequence[Thing], level: Level) -> Found:
         thing = _unique(generator, things, key)
@@ -319,10 +344,10 @@ _ASKERS: dict[str, Asker] = {
     ),
     "count_shape": _count_by(lambda level: SHAPES[: level.num_shapes], lambda thing: thing.shape),
     "existence": _existence,
-    "color": _about_one(lambda thing: thing.shape, lambda thing: thing.colour),
-    "shape": _about_one(lambda thing: thing.colour, lambda thing: thing.shape),
-    "place": _about_one(lambda thing: thing.name, lambda thing: thing.place),
-    "size": _about_one(lambda thing: thing.name, lambda thing: thing.size),
+    "color": _about_one("color", lambda thing: thing.colour),
+    "shape": _about_one("shape", lambda thing: thing.shape),
+    "place": _about_one("place", lambda thing: thing.place),
+    "size": _about_one("size", lambda thing: thing.size),
     "list": lambda generator, things, level: ("", list_things(things)),
 }
 

@@ -11,9 +11,10 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import PIL.ImageFont
 
-from cascadevl.tasks.base import Split
+from cascadevl.tasks.base import Split, pick
 
 FONTS = {
     "sans": "DejaVuSans.ttf",
@@ -53,6 +54,21 @@ def load_words(split: Split) -> tuple[str, ...]:
 def words_of_length(split: Split, fewest: int, most: int) -> tuple[str, ...]:
     """The words of a part with so many letters."""
     return tuple(word for word in load_words(split) if fewest <= len(word) <= most)
+
+
+def invent_word(generator: np.random.Generator, length: int) -> str:
+    """The beginning of one training word and the end of another, never a held-out word.
+
+    Args:
+        generator: Source of the words and of the place to cut them.
+        length: Letters, 3 to 8.
+    """
+    words = words_of_length("train", length, length)
+    while True:
+        cut = int(generator.integers(1, length))
+        word = pick(generator, words)[:cut] + pick(generator, words)[cut:]
+        if not is_test_word(word):
+            return word
 
 
 @lru_cache(maxsize=512)
