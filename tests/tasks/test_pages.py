@@ -100,3 +100,32 @@ def test_a_place_taken_is_not_given_twice() -> None:
     assert (counts > 1).mean() < 0.02
     assert 3 <= len(given) < 14
     assert sheet.place(generator, 300.0, 10.0) is None
+
+
+def test_every_second_page_is_a_tile_of_a_larger_one() -> None:
+    cut, whole = Pages(px=112, tiles=True), Pages(px=112)
+    for index in range(0, 20, 2):
+        assert cut[index].image.tobytes() == whole[index].image.tobytes()
+    counts = []
+    for index in range(1, 40, 2):
+        page = cut[index]
+        assert page.image.size == (112, 112)
+        assert page.classes.shape == page.centres.shape == (8, 8)
+        assert page.image.tobytes() != whole[index].image.tobytes()
+        counts.append(int(page.centres.sum()))
+    assert sum(counts) / len(counts) > 3
+
+
+def test_a_tile_keeps_what_its_patches_hold() -> None:
+    """Shapes have pure colours: the labels of a tile are right where the colours are."""
+    checked = 0
+    for index in range(1, 120, 2):
+        page = Pages(px=112, tiles=True, seed=4)[index]
+        pixels = np.asarray(page.image)
+        for row, column in zip(*np.nonzero(page.centres), strict=True):
+            name = CLASSES[page.classes[row, column]]
+            if name.endswith((" circle", " square", " star")):
+                patch = pixels[row * 14 : row * 14 + 14, column * 14 : column * 14 + 14]
+                assert (patch == COLOURS[name.split()[0]]).all(axis=-1).any(), name
+                checked += 1
+    assert checked > 20

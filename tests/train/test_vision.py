@@ -122,6 +122,26 @@ def test_it_learns(tmp_path: Path) -> None:
     assert losses[1] < 0.9 * losses[0]
 
 
+def test_a_trained_tower_is_gone_on_with(tmp_path: Path) -> None:
+    first = run(tmp_path / "first", 2)
+    config = TrainConfig(
+        model=ModelConfig(path=str(first.model_path), precision="float32"),
+        data=DataConfig(prefetch=0),
+        batch=BatchConfig(packing="count", row_samples=4),
+        run=RunConfig(num_steps=1, out=tmp_path / "second", checkpoint_interval=2),
+    )
+    second = pretrain_vision(
+        config, pages=PAGES, num_classes=len(CLASSES), console=Console(quiet=True)
+    )
+    before, _ = load(str(first.model_path), dtype=torch.float32)
+    after, _ = load(str(second.model_path), dtype=torch.float32)
+    fresh, _ = load(str(run(tmp_path / "fresh", 1).model_path), dtype=torch.float32)
+    name = "model.vision_tower.encoder.layer.0.attention.q_proj.weight"
+    moved = (after.get_parameter(name) - before.get_parameter(name)).abs().mean()
+    away = (fresh.get_parameter(name) - before.get_parameter(name)).abs().mean()
+    assert 0 < moved < away
+
+
 def test_a_model_without_preset_is_refused(tmp_path: Path) -> None:
     config = TrainConfig(run=replace(RunConfig(), out=tmp_path))
     with pytest.raises(ConfigError, match=r"give model\.preset"):

@@ -64,12 +64,15 @@ class Pages:
         patch_px: Side of a patch.
         split: Which part of words and scans.
         seed: Seed of the pages.
+        tiles: Whether every second page is a tile: a piece, cut between patches, of a page of
+            twice the side. So large pictures reach a model, with letters cut in two.
     """
 
     px: int = 224
     patch_px: int = 14
     split: Split = "train"
     seed: int = 0
+    tiles: bool = False
 
     def __getitem__(self, index: int) -> Page:
         """The page of that number, always the same one."""
@@ -78,13 +81,29 @@ class Pages:
         ink = generator.integers(0, 81, size=3)
         if generator.integers(4) == 0:
             paper, ink = ink, paper
-        sheet = _Sheet(self.px, self.patch_px, _rgb(paper), _rgb(ink))
-        wanted = int(generator.integers(3, 11))
-        for _ in range(_TRIES):
+        is_tile = self.tiles and index % 2 == 1
+        times = 2 if is_tile else 1
+        sheet = _Sheet(times * self.px, self.patch_px, _rgb(paper), _rgb(ink))
+        wanted = int(generator.integers(3, 11)) * times**2
+        for _ in range(_TRIES * times**2):
             if len(sheet.taken) == wanted:
                 break
             _WRITERS[pick(generator, _KINDS)](sheet, generator, self.split)
-        return Page(image=sheet.image, classes=sheet.classes, centres=sheet.centres)
+        page = Page(image=sheet.image, classes=sheet.classes, centres=sheet.centres)
+        return _cut(page, generator, self.px, self.patch_px) if is_tile else page
+
+
+def _cut(page: Page, generator: np.random.Generator, px: int, patch_px: int) -> Page:
+    """A piece of that side from anywhere on a page."""
+    side = px // patch_px
+    row, column = generator.integers(0, len(page.classes) - side + 1, size=2).tolist()
+    left, top = column * patch_px, row * patch_px
+    rows, columns = slice(row, row + side), slice(column, column + side)
+    return Page(
+        image=page.image.crop((left, top, left + px, top + px)),
+        classes=page.classes[rows, columns],
+        centres=page.centres[rows, columns],
+    )
 
 
 class _Sheet:

@@ -29,7 +29,16 @@ from cascadevl.train.config import TrainConfig
 from cascadevl.train.loop import TrainState, settled, train
 from cascadevl.train.objective import Objective, Terms
 from cascadevl.train.optim import Optimiser, set_precision
-from cascadevl.train.run import MODEL, TrainResult, begin, from_scratch, open_log, saver, take_up
+from cascadevl.train.run import (
+    MODEL,
+    TrainResult,
+    begin,
+    from_scratch,
+    open_log,
+    saver,
+    start_from,
+    take_up,
+)
 
 NOTHING_WEIGHT = 0.1
 """Weight of a patch in which nothing stands: most are, and they are soon learned."""
@@ -175,32 +184,39 @@ def pretrain_vision(
     *,
     pages: PageSource,
     num_classes: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     on_step: Callable[[TrainState[PageBatch]], None] | None = None,
     console: Console | None = None,
 ) -> TrainResult:
-    """Train the vision tower of a preset on pages; the language half stays as it was drawn.
+    """Train a vision tower on pages; the language half beside it stays as it is.
 
     ``batch.row_samples`` pages make a micro-batch.
 
     Args:
-        config: The run.
-        pages: The pages, of the preset's tile size.
+        config: The run. It names a preset, to start from random weights, or a model to go on with.
+        pages: The pages, of the model's tile size.
         num_classes: Classes of patches, nothing included.
-        tokenizer: The preset's, which the finished model is saved with.
+        tokenizer: The preset's, which the finished model is saved with; the one in the configured
+            folder if None.
         on_step: Called every ``run.eval_interval`` steps and at the end; the state's model is a
             `PatchReader`.
         console: Where progress is shown; standard error if None.
 
     Raises:
-        ConfigError: If the configuration names no preset.
+        ConfigError: If the configuration names neither.
         TrainingError: If the run breaks, or cannot be taken up again.
     """
     accelerator = begin(config.run.seed)
     run = settled(config.run, rows=1, num_processes=accelerator.num_processes)
-    if config.model.preset is None:
-        raise ConfigError("a vision tower is trained from random weights: give model.preset")
-    model, processor = from_scratch(config.model, tokenizer, seed=config.run.seed)
+    if config.model.preset is not None:
+        model, processor = from_scratch(config.model, tokenizer, seed=config.run.seed)
+    elif config.model.path is not None:
+        model, processor = start_from(config.model)
+    else:
+        raise ConfigError(
+            "a vision tower is trained from random weights or gone on with: give model.preset or "
+            "model.path"
+        )
     width = model.config.vision_config.hidden_size
     reader = PatchReader(model.model.vision_tower, width, num_classes)
     set_precision(model, config.model.precision)
