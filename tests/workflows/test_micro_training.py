@@ -65,11 +65,24 @@ def test_every_stage_leaves_a_model(trained: Path) -> None:
 
 def test_the_whole_begins_with_both_trained_halves(trained: Path) -> None:
     joined, _ = cascadevl.load(trained / micro_training.JOINED)
-    for stage, half in (("vision", "vision_tower"), ("decoder", "language_model")):
+    for stage, half in (("reading", "vision_tower"), ("decoder", "language_model")):
         model, _ = cascadevl.load(trained / stage / "model")
         wanted = model.model.get_submodule(half).state_dict()
         for name, tensor in joined.model.get_submodule(half).state_dict().items():
             assert torch.equal(tensor, wanted[name]), name
+
+
+def test_reading_goes_on_with_the_tower_and_leaves_the_rest(trained: Path) -> None:
+    before, _ = cascadevl.load(trained / "vision" / "model")
+    after, _ = cascadevl.load(trained / "reading" / "model")
+    changed = {
+        name.split(".")[1]
+        for (name, one), two in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(one, two)
+    }
+    assert changed == {"vision_tower"}
+    assert micro.pages("reading").tiles
+    assert not micro.pages("vision").tiles
 
 
 def test_what_is_done_is_not_done_again(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +94,9 @@ def test_what_is_done_is_not_done_again(trained: Path, monkeypatch: pytest.Monke
 def test_a_stage_needs_what_it_starts_from(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stage sft needs .*pretrain.model, which is not there"):
         run(tmp_path, "sft")
-    with pytest.raises(ConfigError, match=r"decoder.model and .*vision.model"):
+    with pytest.raises(ConfigError, match=r"decoder.model and .*reading.model"):
         run(tmp_path, "pretrain")
-    names = "vision, decoder, pretrain, sft, anneal"
+    names = "vision, reading, decoder, pretrain, sft, anneal"
     with pytest.raises(ConfigError, match=f"the stages are {names}; not rl"):
         run(tmp_path, "rl")
 

@@ -25,8 +25,8 @@ from cascadevl.workflows import boxes, micro
 from cascadevl.workflows.demo_report import course_plots, num_parameters
 from cascadevl.workflows.demonstration import Demonstration, begin, examine, finish, train
 
-ANSWER_TOKENS = 128
-"""Longest answer asked for: boxes of six shapes and additions with all their steps fit."""
+ANSWER_TOKENS = 192
+"""Longest answer asked for: boxes of six shapes and charts read up to their last value fit."""
 
 CURVE_QUESTIONS = 25
 """Questions of each row in the small examinations during training."""

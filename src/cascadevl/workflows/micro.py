@@ -18,26 +18,30 @@ from transformers import PreTrainedTokenizerFast
 
 from cascadevl.data.mixture import WeightedSource
 from cascadevl.data.prompts import THINKING_PROMPT
-from cascadevl.data.tokenizer import build_tokenizer
+from cascadevl.data.tokenizer import build_letter_tokenizer
 from cascadevl.eval.suite import SuiteRow, of_kind
 from cascadevl.model.loading import load, save
-from cascadevl.tasks import printed, text
-from cascadevl.tasks.base import Question, Task, TaskSource
+from cascadevl.tasks import charts, letters, printed, text
+from cascadevl.tasks.base import DESCRIBE_PROMPT, Question, Task, TaskSource
 from cascadevl.tasks.charts import Charts
 from cascadevl.tasks.described import Described
 from cascadevl.tasks.easy_vqa import EasyVQA
 from cascadevl.tasks.grounding import Grounding
 from cascadevl.tasks.handwriting import Handwriting
+from cascadevl.tasks.letters import Letters
+from cascadevl.tasks.pages import Pages
 from cascadevl.tasks.printed import Printed
 from cascadevl.tasks.shapes import Shapes
-from cascadevl.tasks.text import Text, spelled
+from cascadevl.tasks.tables import MONTHS
+from cascadevl.tasks.text import Text
+from cascadevl.tasks.words import FONTS
 from cascadevl.train.config import BatchConfig, DataConfig, ModelConfig, TrainConfig
 from cascadevl.train.loop import RunConfig
 from cascadevl.train.optim import OptimConfig
 
 SEED = 3
-SEEDS = {"decoder": 3, "pretrain": 3, "sft": 3, "anneal": 4}
-"""Seeds of the drawn scenes; the last stage sees none that came before."""
+SEEDS = {"vision": 0, "reading": 1, "decoder": 3, "pretrain": 4, "sft": 5, "anneal": 6}
+"""Seeds of the drawn pages and scenes; no stage sees any that came before."""
 
 VOCAB_SIZE = 1024
 TRAINING_SCENES = 10_000_000
@@ -67,12 +71,17 @@ class Plan:
 
 STAGES = {
     "vision": Plan(num_steps=5000, row_tokens=32 * 64, schedule="wsd"),
-    "decoder": Plan(num_steps=2000, row_tokens=3072),
-    "pretrain": Plan(num_steps=600, row_tokens=4096),
-    "sft": Plan(num_steps=1200, row_tokens=4096),
-    "anneal": Plan(num_steps=3000, row_tokens=4096, lr=8e-4, schedule="cosine"),
+    "reading": Plan(num_steps=3000, row_tokens=32 * 64, schedule="wsd"),
+    "decoder": Plan(num_steps=1600, row_tokens=3072, schedule="wsd"),
+    "pretrain": Plan(num_steps=700, row_tokens=4096),
+    "sft": Plan(num_steps=1600, row_tokens=4096, schedule="wsd"),
+    "anneal": Plan(num_steps=5000, row_tokens=4096, lr=8e-4, schedule="cosine"),
 }
-"""Every stage by its name, in order; vision and decoder do not depend on each other."""
+"""Every stage by its name, in order; the first two teach the vision tower, the third does not
+depend on them."""
+
+VISION_STAGES = ("vision", "reading")
+"""The stages on labelled pages."""
 
 PAGES_A_STEP = 32
 
@@ -81,93 +90,105 @@ _TWO_DIGITS = Handwriting(px=TILE_PX, difficulty="two", num_questions=4)
 _NUMBERS = Handwriting(px=TILE_PX, difficulty="four", num_questions=5)
 _TWO_ROWS = Handwriting(px=TILE_PX, difficulty="add_digits", num_questions=3)
 _SUMS = Handwriting(px=TILE_PX, difficulty="add", num_questions=4)
-_FEW_SHAPES = Shapes(px=TILE_PX, difficulty="easy", num_questions=4)
-_SHAPES = Shapes(px=TILE_PX, difficulty="full", num_questions=6)
+_FEW_SHAPES = Shapes(px=TILE_PX, difficulty="easy", num_questions=4, worked=True)
+_SHAPES = Shapes(px=TILE_PX, difficulty="full", num_questions=6, worked=True)
 _EASY_VQA = EasyVQA(px=TILE_PX, num_questions=6)
-_SHORT_WORDS = Printed(px=TILE_PX, difficulty="short", num_questions=4)
-_WORDS = Printed(px=TILE_PX, difficulty="word", num_questions=4)
-_LARGE_WORDS = Printed(px=LARGE_PX, difficulty="word", num_questions=4)
-_LINES = Printed(px=LARGE_PX, difficulty="line", num_questions=4)
-_TEXTS = Printed(px=LARGE_PX, difficulty="lines", num_questions=4)
-_EASY_CHARTS = Charts(px=LARGE_PX, difficulty="easy", num_questions=5)
-_AXES = Charts(px=LARGE_PX, difficulty="axis", num_questions=5)
-_CHARTS = Charts(px=LARGE_PX, difficulty="full", num_questions=5)
+_SHORT_WORDS = Printed(px=TILE_PX, difficulty="short", num_questions=3, invented=0.5)
+_WORDS = Printed(px=TILE_PX, difficulty="word", num_questions=3, invented=0.5)
+_LARGE_WORDS = Printed(px=LARGE_PX, difficulty="word", num_questions=3, invented=0.5)
+_LINES = Printed(px=LARGE_PX, difficulty="line", num_questions=3, invented=0.5)
+_TEXTS = Printed(px=LARGE_PX, difficulty="lines", num_questions=3, invented=0.5)
+_EASY_CHARTS = Charts(px=LARGE_PX, difficulty="easy", num_questions=4, worked=True, invented=0.5)
+_AXES = Charts(px=LARGE_PX, difficulty="axis", num_questions=4, worked=True, invented=0.5)
+_CHARTS = Charts(px=LARGE_PX, difficulty="full", num_questions=4, worked=True, invented=0.5)
 _EASY_TEXT = Text(difficulty="easy", num_questions=3)
 _TEXT = Text(difficulty="full", num_questions=3)
+_LETTERS = Letters(difficulty="word", num_questions=3)
+_ROWS_OF_LETTERS = Letters(difficulty="line", num_questions=2)
 
 _DECODER: tuple[tuple[Task, float], ...] = (
-    (_EASY_TEXT, 0.15),
-    (_TEXT, 0.35),
-    (Described(task=_NUMBERS), 0.08),
-    (Described(task=_SUMS), 0.16),
-    (Described(task=_SHAPES), 0.10),
+    (_EASY_TEXT, 0.12),
+    (_TEXT, 0.24),
+    (_LETTERS, 0.06),
+    (_ROWS_OF_LETTERS, 0.04),
+    (Described(task=_NUMBERS), 0.07),
+    (Described(task=_SUMS), 0.15),
+    (Described(task=_SHAPES), 0.12),
     (Described(task=_EASY_VQA), 0.02),
-    (Described(task=_WORDS), 0.05),
-    (Described(task=_TEXTS), 0.03),
-    (Described(task=_CHARTS), 0.06),
+    (Described(task=_WORDS), 0.04),
+    (Described(task=_TEXTS), 0.04),
+    (Described(task=_EASY_CHARTS), 0.03),
+    (Described(task=_AXES), 0.03),
+    (Described(task=_CHARTS), 0.04),
 )
 _PRETRAIN: tuple[tuple[Task, float], ...] = (
-    (_DIGITS, 0.06),
-    (_TWO_DIGITS, 0.12),
-    (_NUMBERS, 0.12),
-    (_TWO_ROWS, 0.06),
+    (_DIGITS, 0.05),
+    (_TWO_DIGITS, 0.09),
+    (_NUMBERS, 0.10),
+    (_TWO_ROWS, 0.04),
     (_SUMS, 0.08),
-    (_FEW_SHAPES, 0.10),
-    (_SHAPES, 0.12),
-    (_EASY_VQA, 0.08),
-    (_SHORT_WORDS, 0.06),
+    (_FEW_SHAPES, 0.07),
+    (_SHAPES, 0.11),
+    (_EASY_VQA, 0.06),
+    (_SHORT_WORDS, 0.09),
     (_WORDS, 0.12),
     (_LINES, 0.03),
-    (_EASY_CHARTS, 0.05),
-    (_AXES, 0.03),
-    (_CHARTS, 0.03),
-    (_TEXT, 0.06),
-)
-_SFT: tuple[tuple[Task, float], ...] = (
-    (_DIGITS, 0.02),
-    (_TWO_DIGITS, 0.05),
-    (_NUMBERS, 0.14),
-    (_TWO_ROWS, 0.03),
-    (_SUMS, 0.12),
-    (_FEW_SHAPES, 0.02),
-    (_SHAPES, 0.15),
-    (_EASY_VQA, 0.05),
-    (_SHORT_WORDS, 0.08),
-    (_LARGE_WORDS, 0.12),
-    (_LINES, 0.03),
-    (_TEXTS, 0.01),
     (_EASY_CHARTS, 0.06),
     (_AXES, 0.05),
-    (_CHARTS, 0.05),
-    (_TEXT, 0.04),
-)
-_ANNEAL: tuple[tuple[Task, float], ...] = (
-    (_DIGITS, 0.01),
-    (_TWO_DIGITS, 0.03),
-    (_NUMBERS, 0.12),
-    (_TWO_ROWS, 0.02),
-    (_SUMS, 0.11),
-    (_SHAPES, 0.12),
-    (_EASY_VQA, 0.03),
-    (_SHORT_WORDS, 0.08),
-    (_LARGE_WORDS, 0.18),
-    (_LINES, 0.04),
-    (_TEXTS, 0.01),
-    (_EASY_CHARTS, 0.10),
-    (_AXES, 0.06),
-    (_CHARTS, 0.06),
+    (_CHARTS, 0.02),
     (_TEXT, 0.03),
 )
-"""More of what was still hard after SFT: words and charts, with their descriptions."""
+_SFT: tuple[tuple[Task, float], ...] = (
+    (_DIGITS, 0.01),
+    (_TWO_DIGITS, 0.03),
+    (_NUMBERS, 0.11),
+    (_TWO_ROWS, 0.02),
+    (_SUMS, 0.11),
+    (_FEW_SHAPES, 0.02),
+    (_SHAPES, 0.12),
+    (_EASY_VQA, 0.04),
+    (_SHORT_WORDS, 0.04),
+    (_WORDS, 0.10),
+    (_LARGE_WORDS, 0.10),
+    (_LINES, 0.06),
+    (_TEXTS, 0.02),
+    (_EASY_CHARTS, 0.07),
+    (_AXES, 0.08),
+    (_CHARTS, 0.05),
+    (_TEXT, 0.02),
+)
+_ANNEAL: tuple[tuple[Task, float], ...] = (
+    (_TWO_DIGITS, 0.02),
+    (_NUMBERS, 0.10),
+    (_SUMS, 0.10),
+    (_SHAPES, 0.10),
+    (_EASY_VQA, 0.02),
+    (_WORDS, 0.08),
+    (_LARGE_WORDS, 0.14),
+    (_LINES, 0.08),
+    (_TEXTS, 0.02),
+    (_EASY_CHARTS, 0.08),
+    (_AXES, 0.12),
+    (_CHARTS, 0.12),
+    (_TEXT, 0.02),
+)
+"""More of what was still hard after SFT: words, lines and charts, these with their descriptions."""
 
-_DESCRIBED_IN_ANNEAL = (Printed, Charts)
+
+def pages(stage: str) -> Pages:
+    """The pages of a stage.
+
+    Args:
+        stage: One of ``VISION_STAGES``.
+    """
+    return Pages(px=TILE_PX, seed=SEEDS[stage], tiles=stage == "reading")
 
 
 def sources(stage: str) -> list[WeightedSource]:
     """The mixture of a stage.
 
     Args:
-        stage: A key of ``STAGES`` other than ``"vision"``.
+        stage: A key of ``STAGES`` that is none of ``VISION_STAGES``.
     """
     shares = {"decoder": _DECODER, "pretrain": _PRETRAIN, "sft": _SFT, "anneal": _ANNEAL}[stage]
     return [
@@ -187,22 +208,23 @@ def sources(stage: str) -> list[WeightedSource]:
 
 def _is_described(stage: str, task: Task) -> bool:
     """Whether a picture's dense description is learned beside the answers."""
-    return stage == "pretrain" or (stage == "anneal" and isinstance(task, _DESCRIBED_IN_ANNEAL))
+    return stage == "pretrain" or (stage == "anneal" and isinstance(task, Charts))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of everything but the printed words.
+    """Whole words for what questions and fixed answers are made of, letters for everything else.
 
-    Words are left out, so that those of the test part are written in the same small pieces as
-    those of the training part: reading them is then a matter of seeing.
+    What is read off a picture has many words, and the held-out ones are not among those that
+    training shows; written letter by letter, a word needs only to be seen.
     """
-    return build_tokenizer(_texts(num_scenes=600), VOCAB_SIZE)
+    return build_letter_tokenizer(_wordings(num_scenes=150), VOCAB_SIZE)
 
 
-def _texts(num_scenes: int) -> Iterator[str]:
+def _wordings(num_scenes: int) -> Iterator[str]:
+    """Prompts and fixed answers: no printed word, no label of a chart but the months."""
     tasks: tuple[Task, ...] = (
         *(_NUMBERS, _SUMS, _SHAPES, replace(_EASY_VQA, num_questions=9)),
-        *(_CHARTS, _AXES, Grounding(px=TILE_PX)),
+        Grounding(px=TILE_PX),
     )
     scenes = chain.from_iterable(
         (task.draw("train", SEED, index) for index in range(num_scenes)) for task in tasks
@@ -211,11 +233,13 @@ def _texts(num_scenes: int) -> Iterator[str]:
         yield scene.description
         for question in scene.questions:
             yield f"{question.prompt}\n{question.response()}"
-    letters = spelled("abcdefghijklmnopqrstuvwxyz")
-    prompts = [*printed.PROMPTS.values(), *text.PROMPTS.values()]
-    for phrase in (THINKING_PROMPT, letters, *(prompt for each in prompts for prompt in each[:1])):
-        # A word counts once it is frequent: these stand as often as any question.
-        yield from [phrase] * num_scenes
+    for family in (charts, letters, printed, text):
+        # The gaps are filled with digits, which are tokens of their own.
+        yield from (prompts[0].format(1, 2) for prompts in family.PROMPTS.values())
+    yield from (*MONTHS, ", ".join(("", *MONTHS)), *charts.FORM_NAMES.values())
+    yield from (f"Printed text in a {face} font: " for face in FONTS)
+    yield from ("axis to 1 by 1", "Bar chart with axis to 1 by 1")
+    yield from (DESCRIBE_PROMPT, THINKING_PROMPT, "Answer: ")
 
 
 def stage_config(
@@ -238,7 +262,7 @@ def stage_config(
         data=DataConfig(max_tokens=2048, jpeg=True, prefetch=0),
         batch=(
             BatchConfig(packing="count", row_samples=PAGES_A_STEP)
-            if stage == "vision"
+            if stage in VISION_STAGES
             else BatchConfig(
                 packing="fill",
                 row_tokens=plan.row_tokens,
@@ -263,7 +287,7 @@ def stage_config(
             out=out,
             resume=True,
             log_interval=20,
-            eval_interval=max(1, num_steps // 5),
+            eval_interval=max(1, num_steps // 4),
             checkpoint_interval=100,
             keep_last=1,
         ),
