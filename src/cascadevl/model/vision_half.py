@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import init_empty_weights
 
 from cascadevl.data.processor import CascadeVLProcessor
-from cascadevl.model.checkpoint import configuration, open_checkpoint
-from cascadevl.model.loading import find, placed
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
-from cascadevl.model.repository_files import adopt_settings, generation_config, load_processor
+from cascadevl.model.part import load_part
 
-_PARTS = (
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
-    "model.language_model.embed_tokens.",
-)
+_PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
+_EMBEDDING = "model.language_model.embed_tokens."
 
 
 def load_vision_half(
@@ -31,6 +25,7 @@ def load_vision_half(
     *,
     dtype: torch.dtype | Literal["auto"] = "auto",
     device: torch.device | str = "cpu",
+    embedding: bool = True,
 ) -> tuple[CascadeVLForConditionalGeneration, CascadeVLProcessor]:
     """Open a checkpoint without the layers and the head of its language model.
 
@@ -41,6 +36,7 @@ def load_vision_half(
         name_or_path: As for `cascadevl.model.loading.load`.
         dtype: Type of the weights; ``"auto"`` keeps what the files hold.
         device: Where the weights go.
+        embedding: Whether the token embedding is read, too.
 
     Returns:
         The model, in evaluation mode, and its processor.
@@ -49,16 +45,5 @@ def load_vision_half(
         CheckpointError: If it is not there, of no known format, broken, or its tensors do not
             fit its configuration.
     """
-    checkpoint = open_checkpoint(find(name_or_path))
-    config = configuration(checkpoint)
-    processor = load_processor(checkpoint.path)
-    adopt_settings(config, processor)
-    with init_empty_weights(include_buffers=False):
-        model = CascadeVLForConditionalGeneration(config)
-    names = [name for name in checkpoint.recipes if name.startswith(_PARTS)]
-    state = {name: placed(checkpoint.read(name), dtype, torch.device(device)) for name in names}
-    _, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    assert not unexpected, unexpected
-    model.generation_config = generation_config(checkpoint.path, processor, config)
-    model.train(False)
-    return model, processor
+    wanted = (*_PARTS, _EMBEDDING) if embedding else _PARTS
+    return load_part(name_or_path, lambda name: name.startswith(wanted), dtype=dtype, device=device)

@@ -1,0 +1,72 @@
+"""The language half of a checkpoint: all that answers once pictures are visual tokens.
+
+Where a server encodes the pictures, this process needs the token embedding, the layers and the head
+only. The vision half is not there at all, and says so where somebody asks for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.errors import RequestError
+from cascadevl.model.checkpoint import HEAD
+from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.model.part import load_part
+
+_LANGUAGE = "model.language_model."
+
+
+class Absent(nn.Module):
+    """Stands where a part of the model is not."""
+
+    def __init__(self, part: str) -> None:
+        """Name the part."""
+        super().__init__()
+        self.part = part
+
+    def forward(self, *_: Any, **__: Any) -> None:
+        """Refuse.
+
+        Raises:
+            RequestError: Always.
+        """
+        raise RequestError(
+            f"the {self.part} is not part of this process; give visual tokens instead of pictures"
+        )
+
+
+def load_language_half(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    device: torch.device | str = "cpu",
+) -> tuple[CascadeVLForConditionalGeneration, CascadeVLProcessor]:
+    """Open a checkpoint without its vision tower and its projector.
+
+    Args:
+        name_or_path: As for `cascadevl.model.loading.load`.
+        dtype: Type of the weights; ``"auto"`` keeps what the files hold.
+        device: Where the weights go.
+
+    Returns:
+        The model, in evaluation mode, and its processor.
+
+    Raises:
+        CheckpointError: As `cascadevl.model.loading.load`.
+    """
+    model, processor = load_part(
+        name_or_path,
+        lambda name: name == HEAD or name.startswith(_LANGUAGE),
+        dtype=dtype,
+        device=device,
+    )
+    model.set_submodule("model.vision_tower", Absent("vision tower"))
+    model.set_submodule("model.multi_modal_projector", Absent("projector"))
+    model.tie_weights()
+    nn.Module.to(model, torch.device(device))  # the buffers, which were in no file
+    return model, processor
