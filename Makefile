@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@# torch first and alone, so that the build on hand for this machine (CPU or CUDA) is taken.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 setup-vllm: $(STAMP) ## build .venv-vllm: vLLM for the CPU, 3.5 GB, which one slow test needs

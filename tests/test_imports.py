@@ -51,7 +51,7 @@ def test_importing_the_package_loads_nothing_heavy_and_no_extra():
 def test_help_of_the_command_line_loads_nothing_heavy_and_no_extra():
     code = """
 from cascadevl.cli.main import main
-for words in (["--help"], ["train", "sft", "--help"], ["chat", "--help"]):
+for words in (["--help"], ["train", "sft", "--help"], ["chat", "--help"], ["serve", "--help"]):
     try:
         main(words)
     except SystemExit as done:

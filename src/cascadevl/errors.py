@@ -40,6 +40,10 @@ class LogitsError(RequestError):
         return (_rebuild_logits_error, (str(self), self.places))
 
 
+class ServerError(CascadeVLError, RuntimeError):
+    """A request that failed through no fault of its own: a part of the server broke or is gone."""
+
+
 class TrainingError(CascadeVLError, RuntimeError):
     """A run that must stop: a loss that is not finite, a resume that does not match the run."""
 

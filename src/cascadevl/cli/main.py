@@ -22,6 +22,7 @@ from cascadevl.cli import (
     micro,
     mixture_search,
     nano,
+    serve,
     show,
     train,
     zoo,
@@ -40,6 +41,7 @@ argparse has it; Ctrl-C, as shells have it."""
 COMMANDS = (
     chat,
     generate,
+    serve,
     show,
     train,
     data,

@@ -58,6 +58,23 @@ class TextStream:
         return text
 
 
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """What a single token stands for, which may be a part of a character.
+
+    Args:
+        tokenizer: Knows the token; of one that it does not know, there are no bytes.
+        token: Its id.
+    """
+    letters = tokenizer.backend_tokenizer.id_to_token(token)
+    if letters is None:
+        return b""
+    if isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
+        return _bytes_of(letters)
+    if _BYTE.match(letters):
+        return bytes([int(letters[3:5], 16)])
+    return str(letters).replace("\u2581", " ").encode()
+
+
 def _id_stage(tokenizer: PreTrainedTokenizerBase) -> _Bytes | _Windows:
     if isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
         return _Bytes(tokenizer)
@@ -75,13 +92,18 @@ class _Bytes:
         letters = self._token_of(token)
         if letters is None:  # the vocabulary of a model may be wider than its tokenizer's
             return ""
-        table = _bytes_of_letters()
-        if all(letter in table for letter in letters):
-            return self._decoder.decode(bytes(table[letter] for letter in letters))
-        return self._decoder.decode(letters.encode())  # an added token, written as it is
+        return self._decoder.decode(_bytes_of(letters))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+
+def _bytes_of(letters: str) -> bytes:
+    """What a token of a byte-level vocabulary stands for."""
+    table = _bytes_of_letters()
+    if all(letter in table for letter in letters):
+        return bytes(table[letter] for letter in letters)
+    return letters.encode()  # an added token, written as it is
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,287 @@
+"""``cascadevl serve MODEL``: an OpenAI-compatible server, in one process or in several."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from cascadevl.cli.arguments import Subparsers, byte_size, positive_int
+from cascadevl.cli.chat import usable_device
+from cascadevl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cascadevl.data.processor import CascadeVLProcessor
+    from cascadevl.engine.engine import Engine
+    from cascadevl.model.configuration import CascadeVLConfig
+    from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+    from cascadevl.serving.engine_thread import Answers
+
+_NEEDED = ("fastapi", "uvicorn", "zmq", "msgspec", "prometheus_client")
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Describe the command."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="an OpenAI-compatible server",
+        description="Answer OpenAI's clients: chat with pictures, tools and JSON schemas, "
+        "continuations, metrics. Stops at SIGTERM once all it has in hand is answered. The vision "
+        "half and the language half run in one process, or in several on one or more machines.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint folder, a released name, or micro"
+    )
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="(8000; 0 for any)")
+    parser.add_argument("--name", metavar="NAME", help="as clients ask for it (default: MODEL)")
+    _add_limits(parser)
+    _add_model(parser)
+    _add_processes(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("computing")
+    group.add_argument(
+        "--weights",
+        choices=("stored", "packed", "int8"),
+        default="stored",
+        help="of the language half: as stored (default), packed for a CPU, or int8",
+    )
+    group.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="compute every answer as if it ran alone, to the bit; slower",
+    )
+    group.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
+    group.add_argument(
+        "--cache-bytes",
+        type=byte_size,
+        default=2**30,
+        metavar="N",
+        help="memory for keys and values, as 500MB or 4GB (default: 1 GiB)",
+    )
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--max-tokens",
+        type=positive_int,
+        default=1024,
+        metavar="N",
+        help="of an answer, where a request names none (1024)",
+    )
+    group.add_argument(
+        "--max-requests",
+        type=positive_int,
+        default=1024,
+        metavar="N",
+        help="in hand; more are refused for the moment (1024)",
+    )
+    group.add_argument(
+        "--max-body",
+        type=byte_size,
+        default=2**26,
+        metavar="N",
+        help="of a request, pictures included, as 20MB (64 MiB)",
+    )
+    group.add_argument(
+        "--drain",
+        type=positive_int,
+        default=60,
+        metavar="S",
+        help="seconds for what is in hand after SIGTERM (60)",
+    )
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("processes")
+    group.add_argument(
+        "--coupled",
+        action="store_true",
+        help="both halves in one process (the default where nothing else is said)",
+    )
+    group.add_argument(
+        "--vision", type=int, metavar="N", help="vision servers of this machine, as processes"
+    )
+    group.add_argument(
+        "--language", type=int, metavar="N", help="language servers of this machine, as processes"
+    )
+    group.add_argument(
+        "--wire",
+        metavar="ADDRESS",
+        help="where servers join, as tcp://10.0.0.1:5555, for those of other machines; whoever "
+        "reaches it can ask and answer, so keep it private",
+    )
+    group.add_argument(
+        "--role", choices=("vision", "language"), help="be one of the servers instead"
+    )
+    group.add_argument("--join", metavar="ADDRESS", help="the --wire of the front, with --role")
+    group.add_argument(
+        "--features",
+        metavar="ADDRESS",
+        help="where a language server takes features, as tcp://10.0.0.2:5556",
+    )
+    group.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # ends with this process
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the model, or one half of it."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} not installed; serving needs the extra 'serve': "
+            f"pip install 'cascadevl[serve]'"
+        )
+    _check_processes(args)
+    if args.role is not None:
+        return _run_member(args)
+    if args.vision is None and args.language is None and args.wire is None:
+        return _run_coupled(args)
+    return _run_front(args)
+
+
+def _check_processes(args: argparse.Namespace) -> None:
+    """Refuse words that exclude each other.
+
+    Raises:
+        ConfigError: If there are some.
+    """
+    is_front = args.vision is not None or args.language is not None or args.wire is not None
+    if args.role is not None and (is_front or args.coupled):
+        raise ConfigError("--role is one server; leave out --coupled, --vision, --language, --wire")
+    if args.coupled and is_front:
+        raise ConfigError("--coupled is one process; leave out --vision, --language and --wire")
+    if (args.role is not None) != (args.join is not None):
+        raise ConfigError("--role and --join belong together: who, and for which front")
+    if (args.role == "language") != (args.features is not None):
+        raise ConfigError("--features is where a language server takes features: give it with one")
+    if is_front and args.wire is None and not (args.vision and args.language):
+        raise ConfigError(
+            "name at least one --vision and one --language server, or a --wire where those of "
+            "other machines join"
+        )
+
+
+def _serve(
+    args: argparse.Namespace,
+    answers: Answers,
+    processor: CascadeVLProcessor,
+    config: CascadeVLConfig,
+) -> None:
+    """Listen until the process is told to stop."""
+    from cascadevl.serving.api import Api, ApiConfig
+    from cascadevl.serving.openai_prompts import Asker
+    from cascadevl.serving.run_server import ApiServer, serve
+
+    asker = Asker(processor=processor, config=config, max_tokens=args.max_tokens)
+    limits = ApiConfig(
+        model_name=args.name or args.model,
+        max_requests=args.max_requests,
+        max_body_bytes=args.max_body,
+    )
+    server = ApiServer(
+        Api(answers, asker, limits), host=args.host, port=args.port, drain_s=args.drain
+    )
+    serve(server, lambda address: print(f"{limits.model_name} at {address}/v1", flush=True))
+
+
+def _engine(
+    args: argparse.Namespace,
+    model: CascadeVLForConditionalGeneration,
+    processor: CascadeVLProcessor,
+) -> Engine:
+    from cascadevl.engine.engine import Engine
+    from cascadevl.engine.packed_weights import pack
+    from cascadevl.engine.requests import EngineConfig
+
+    config = EngineConfig(cache_bytes=args.cache_bytes, batch_invariant=args.batch_invariant)
+    held = model if args.weights == "stored" else pack(model, args.weights, release=True)
+    return Engine(held, processor, config)
+
+
+def _run_coupled(args: argparse.Namespace) -> int:
+    import cascadevl
+    from cascadevl.serving.coupled import Coupled
+
+    model, processor = cascadevl.load(args.model, device=usable_device(args.device))
+    _serve(args, Coupled(_engine(args, model, processor)), processor, model.config)
+    return 0
+
+
+def _run_front(args: argparse.Namespace) -> int:
+    from cascadevl.model.part import load_settings
+    from cascadevl.serving.member import fingerprint
+    from cascadevl.serving.pipeline import Pipeline
+    from cascadevl.serving.processes import Keeper
+
+    config, processor, checkpoint = load_settings(args.model)
+    with TemporaryDirectory(prefix="cascadevl-") as folder:
+        local = f"ipc://{folder}/front"
+        addresses = [local] if args.wire is None else [local, args.wire]
+        pipeline = Pipeline(config, addresses, weights=fingerprint(checkpoint.path))
+        keepers = [Keeper(words) for words in _members(args, local, folder)]
+        try:
+            for keeper in keepers:
+                keeper.start()
+            _serve(args, pipeline, processor, config)
+        finally:
+            for keeper in keepers:
+                keeper.stop()
+    return 0
+
+
+def _members(args: argparse.Namespace, front: str, folder: str) -> list[list[str]]:
+    """The commands of the servers of this machine."""
+    common = ["serve", args.model, "--join", front, "--device", args.device]
+    if args.batch_invariant:
+        common.append("--batch-invariant")
+    vision = [*common, "--role", "vision"]
+    language = [*common, "--role", "language", "--weights", args.weights]
+    language += ["--cache-bytes", str(args.cache_bytes)]
+    return [vision] * (args.vision or 0) + [
+        [*language, "--features", f"ipc://{folder}/language{number}"]
+        for number in range(args.language or 0)
+    ]
+
+
+def _run_member(args: argparse.Namespace) -> int:
+    import asyncio
+    import signal
+
+    from cascadevl.model.loading import find
+    from cascadevl.serving.member import Member, fingerprint
+    from cascadevl.serving.processes import end_with
+
+    weights = fingerprint(Path(find(args.model)))
+    make: Any = _vision_server if args.role == "vision" else _language_server
+    member: Member = make(args, weights)
+    signal.signal(signal.SIGTERM, lambda *_: member.stop())
+    if args.parent is not None:
+        end_with(args.parent, member.stop)
+    asyncio.run(member.run())
+    return 0
+
+
+def _vision_server(args: argparse.Namespace, weights: str) -> Any:
+    from cascadevl.model.vision_half import load_vision_half
+    from cascadevl.serving.vision_server import VisionConfig, VisionServer
+
+    device = usable_device(args.device)
+    model, _ = load_vision_half(args.model, device=device, embedding=False)
+    config = VisionConfig(batch_invariant=args.batch_invariant)
+    return VisionServer(model, args.join, weights=weights, config=config)
+
+
+def _language_server(args: argparse.Namespace, weights: str) -> Any:
+    from cascadevl.model.language_half import load_language_half
+    from cascadevl.serving.language_server import LanguageServer
+
+    model, processor = load_language_half(args.model, device=usable_device(args.device))
+    return LanguageServer(
+        _engine(args, model, processor), args.join, args.features, weights=weights
+    )

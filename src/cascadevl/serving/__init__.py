@@ -1,0 +1,1 @@
+"""Serving: an OpenAI-compatible API before the engine."""

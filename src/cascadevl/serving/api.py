@@ -1,0 +1,341 @@
+"""One request from its bytes to its reply: counted, prepared, answered, called off if need be."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from cascadevl.engine.requests import Completion
+from cascadevl.errors import CascadeVLError
+from cascadevl.serving.engine_thread import Answers, Output
+from cascadevl.serving.http_errors import (
+    CLIENT_GONE,
+    ClientGone,
+    Refusal,
+    refusal_of,
+    refusal_of_body,
+)
+from cascadevl.serving.metrics import Metrics
+from cascadevl.serving.openai_answers import (
+    ChatStream,
+    Head,
+    Words,
+    chat_completion,
+    sum_of,
+    usage_of,
+)
+from cascadevl.serving.openai_prompts import Asked, Asker
+from cascadevl.serving.openai_replies import sent
+from cascadevl.serving.openai_schema import Asking, ChatRequest, CompletionRequest
+from cascadevl.serving.openai_texts import TextEvents, best, text_choice, text_completion
+from cascadevl.serving.waiting import merged, together, unless_gone
+
+Body = TypeVar("Body", bound=Asking)
+Made = TypeVar("Made")
+
+_DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiConfig:
+    """Limits of the API.
+
+    Attributes:
+        model_name: By which clients ask for the model.
+        max_requests: Most requests in hand; more are refused for now (429).
+        max_body_bytes: Longest body of a request, pictures included.
+        num_preparing: Threads that read bodies and cut pictures.
+    """
+
+    model_name: str
+    max_requests: int = 1024
+    max_body_bytes: int = 2**26
+    num_preparing: int = 2
+
+
+class Api:
+    """Answers HTTP requests."""
+
+    def __init__(self, answers: Answers, asker: Asker, config: ApiConfig) -> None:
+        """Begin with nothing in hand.
+
+        Args:
+            answers: Answers.
+            asker: Makes requests of bodies.
+            config: Limits.
+        """
+        self.answers, self.asker, self.config = answers, asker, config
+        self.metrics = Metrics(answers.stats)
+        self.started = int(time.time())
+        self.is_draining = False
+        self.num_open = 0
+        self._words = Words(asker.processor)
+        self._preparing = ThreadPoolExecutor(config.num_preparing, thread_name_prefix="prepare")
+
+    @property
+    def unready(self) -> Refusal | None:
+        """Why no request is taken, or None where they are."""
+        if self.is_draining:
+            later = {"Retry-After": "5"}
+            return Refusal(503, "the server is about to stop", code="draining", headers=later)
+        if (failure := self.answers.failure) is not None:
+            return Refusal(503, failure, code="broken")
+        return None
+
+    def check_model(self, name: str) -> None:
+        """Refuse a model that is not served.
+
+        Raises:
+            Refusal: If it is another one.
+        """
+        if name != self.config.model_name:
+            raise Refusal(
+                404,
+                f"there is no model {name!r} here; the one that is served is "
+                f"{self.config.model_name!r}",
+                "model",
+                "model_not_found",
+            )
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+        head = self._head("chatcmpl")
+
+        async def whole(body: ChatRequest, asked: Asked) -> BaseModel:
+            answers = await self._answers(asked)
+            return chat_completion(asked, answers, head, self._words)
+
+        async def events(body: ChatRequest, asked: Asked) -> AsyncGenerator[bytes, None]:
+            stream = ChatStream(asked, head, self._words)
+            async with aclosing(self._timed(asked)) as outputs:
+                async for output in outputs:
+                    for event in stream.take(output):
+                        yield _event(event)
+            if body.stream_options is not None and body.stream_options.include_usage:
+                yield _event(stream.usage())
+            yield _DONE
+
+        return await self._reply(request, "chat", ChatRequest, self.asker.chat, whole, events)
+
+    async def completions(self, request: Request) -> Response:
+        """Continue texts."""
+        head = self._head("cmpl")
+
+        async def whole(body: CompletionRequest, asked: list[Asked]) -> BaseModel:
+            found = await together([self._answers(each) for each in asked])
+            usage = sum_of([usage_of([each.usage for each in answers]) for answers in found])
+            shown = body.logprobs is not None
+            chosen = [
+                answer
+                for each, answers in zip(asked, found, strict=True)
+                for answer in (best(answers, each.num_best) if each.num_best else answers)
+            ]
+            choices = [
+                text_choice(answer, index, self._words, shown=shown)
+                for index, answer in enumerate(chosen)
+            ]
+            return text_completion(head, choices, usage)
+
+        return await self._reply(
+            request,
+            "completions",
+            CompletionRequest,
+            self.asker.completions,
+            whole,
+            lambda body, asked: self._text_events(body, asked, head),
+        )
+
+    async def _text_events(
+        self, body: CompletionRequest, asked: list[Asked], head: Head
+    ) -> AsyncGenerator[bytes, None]:
+        num_samples = asked[0].request.num_samples
+        streams = [TextEvents(index, self._words) for index in range(len(asked) * num_samples)]
+        usages: list[list[Completion]] = [[] for _ in asked]
+        async with aclosing(merged([self._timed(each) for each in asked])) as outputs:
+            async for place, output in outputs:
+                if isinstance(output, Completion):
+                    usages[place].append(output)
+                for choice in streams[place * num_samples + output.sample].take(output):
+                    yield _event(text_completion(head, [choice]))
+        if body.stream_options is not None and body.stream_options.include_usage:
+            usage = sum_of([usage_of([each.usage for each in mine]) for mine in usages])
+            yield _event(text_completion(head, [], usage))
+        yield _DONE
+
+    async def _reply(
+        self,
+        request: Request,
+        route: str,
+        form: type[Body],
+        ask: Callable[[Body], Made],
+        whole: Callable[[Body, Made], Awaitable[BaseModel]],
+        events: Callable[[Body, Made], AsyncGenerator[bytes, None]],
+    ) -> Response:
+        """Reply to one request, at once or as a stream.
+
+        Args:
+            request: The request.
+            route: Names it in the numbers.
+            form: Of its body.
+            ask: Makes what is asked, in a thread.
+            whole: Makes the reply.
+            events: Makes the events of a streamed one.
+        """
+        hand = self._take(route)
+        try:
+            content = await self._read(request)
+            body, asked = await unless_gone(request, self._prepared(content, form, ask))
+            if not body.stream:
+                reply = await unless_gone(request, whole(body, asked))
+                hand.end(200)
+                return Response(sent(reply), media_type="application/json")
+            stream = self._counted(hand, events(body, asked))
+            # The first event comes before the status is sent: a refusal still has one of its own.
+            first = await unless_gone(request, anext(stream))
+            return StreamingResponse(_chained(first, stream), media_type="text/event-stream")
+        except (ClientGone, ClientDisconnect):
+            hand.end(CLIENT_GONE)
+            return Response(status_code=CLIENT_GONE)
+        except CascadeVLError as error:
+            refusal = refusal_of(error)
+            hand.end(refusal.status)
+            return refusal.response()
+        except BaseException:
+            hand.end(500)
+            raise
+
+    def _take(self, route: str) -> _InHand:
+        """Count a request, if there is room for one."""
+        reason = self.unready
+        if reason is None and self.num_open >= self.config.max_requests:
+            reason = Refusal(
+                429,
+                f"{self.num_open} requests are in hand, which is the limit; ask again later",
+                code="too_many_requests",
+                headers={"Retry-After": "1"},
+            )
+        if reason is not None:
+            self.metrics.refused(route, reason.status)
+            raise reason
+        return _InHand(self, route)
+
+    async def _read(self, request: Request) -> bytes:
+        """The body, if it is JSON and not too long."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refusal(415, f"the body is {kind or 'of no type'}; send application/json")
+        content, limit = bytearray(), self.config.max_body_bytes
+        async for piece in request.stream():
+            content += piece
+            if len(content) > limit:
+                raise Refusal(
+                    413,
+                    f"the body is longer than {limit} bytes; send smaller or fewer pictures",
+                    code="body_too_long",
+                )
+        return bytes(content)
+
+    async def _prepared(
+        self, content: bytes, form: type[Body], ask: Callable[[Body], Made]
+    ) -> tuple[Body, Made]:
+        """The body, and what it asks; both are made in a thread."""
+
+        def make() -> tuple[Body, Made]:
+            try:
+                body = form.model_validate_json(content)
+            except ValidationError as error:
+                raise refusal_of_body(error, form) from error
+            self.check_model(body.model)
+            return body, ask(body)
+
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, make)
+
+    async def _answers(self, asked: Asked) -> list[Completion]:
+        """All answers, in order."""
+        answers: list[Completion] = []
+        async with aclosing(self.answers.ask(asked.request)) as outputs:
+            async for output in outputs:
+                if isinstance(output, Completion):
+                    self.metrics.answered(output.usage, is_first=not answers)
+                    answers.append(output)
+        return sorted(answers, key=lambda answer: answer.sample)
+
+    async def _timed(self, asked: Asked) -> AsyncGenerator[Output, None]:
+        """What the engine says, with the time of each token noted."""
+        latest = time.monotonic()
+        num_tokens = num_answers = 0
+        async with aclosing(self.answers.ask(asked.request)) as outputs:
+            async for output in outputs:
+                if isinstance(output, Completion):
+                    self.metrics.answered(output.usage, is_first=num_answers == 0)
+                    num_answers += 1
+                else:
+                    now = time.monotonic()
+                    note = self.metrics.next_token if num_tokens else self.metrics.first_token
+                    note(now - latest)
+                    latest, num_tokens = now, num_tokens + 1
+                yield output
+
+    async def _counted(
+        self, hand: _InHand, events: AsyncGenerator[bytes, None]
+    ) -> AsyncGenerator[bytes, None]:
+        """The events of a stream; a failure within it is the last of them."""
+        is_begun = False
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    yield event
+                    is_begun = True
+            hand.end(200)
+        except CascadeVLError as error:
+            refusal = refusal_of(error)
+            hand.end(refusal.status)
+            if not is_begun:
+                raise
+            yield refusal.event()
+        finally:
+            hand.end(CLIENT_GONE)
+
+    def _head(self, kind: str) -> Head:
+        name = f"{kind}-{secrets.token_hex(12)}"
+        return Head(name, int(time.time()), self.config.model_name)
+
+
+class _InHand:
+    """A request that is counted until it ends."""
+
+    def __init__(self, api: Api, route: str) -> None:
+        self._api, self._route = api, route
+        self._start: float | None = time.monotonic()
+        api.num_open += 1
+        api.metrics.begun()
+
+    def end(self, status: int) -> None:
+        """Count it as ended; only the first word counts."""
+        if self._start is None:
+            return
+        seconds, self._start = time.monotonic() - self._start, None
+        self._api.num_open -= 1
+        self._api.metrics.ended(self._route, status, seconds)
+
+
+async def _chained(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(rest):
+        yield first
+        async for event in rest:
+            yield event
+
+
+def _event(reply: BaseModel) -> bytes:
+    return b"data: " + sent(reply) + b"\n\n"

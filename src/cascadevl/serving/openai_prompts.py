@@ -1,0 +1,358 @@
+"""From the body of a request to what the engine is asked.
+
+Pictures and videos come as data URLs only: a server opens no file and no address that a stranger
+names.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
+
+from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.engine.requests import Request, TextIds
+from cascadevl.engine.sampling import SamplingParams
+from cascadevl.errors import DataError, RequestError
+from cascadevl.model.configuration import CascadeVLConfig
+from cascadevl.sequence import INCREMENTS
+from cascadevl.serving.openai_schema import (
+    Asking,
+    AssistantMessage,
+    ChatRequest,
+    CompletionRequest,
+    ImagePart,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    NamedTool,
+    TextPart,
+    Tool,
+    VideoPart,
+)
+from cascadevl.types import Example
+
+_Turn: TypeAlias = dict[str, object]
+
+_SHORT = 16
+"""Tokens of a continued text where nobody says how many (OpenAI's number)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the engine is asked, and how its answers are to be read.
+
+    Attributes:
+        request: For the engine.
+        begins_thinking: The prompt has opened the reasoning.
+        calls: Tools may be called.
+        is_call: An answer is one call, in JSON.
+        num_best: Of all answers, how many are given: the most probable ones.
+    """
+
+    request: Request
+    begins_thinking: bool = False
+    calls: bool = False
+    is_call: bool = False
+    num_best: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Asker:
+    """Makes the engine's requests.
+
+    Attributes:
+        processor: Makes prompts.
+        config: Of the model.
+        max_tokens: Most tokens of an answer where a request names none.
+    """
+
+    processor: CascadeVLProcessor
+    config: CascadeVLConfig
+    max_tokens: int = 1024
+
+    def chat(self, body: ChatRequest) -> Asked:
+        """What a conversation asks.
+
+        Args:
+            body: The request.
+
+        Raises:
+            RequestError: If wishes exclude each other or cannot be fulfilled.
+            DataError: If a message or picture cannot be used.
+        """
+        if body.best_of is not None:
+            raise RequestError(
+                "best_of is not possible in a chat yet: it needs a critic that reads the steps of "
+                "an answer; ask for n answers and choose yourself"
+            )
+        schema = _answer_schema(body)
+        if schema is not None and body.thinking:
+            raise RequestError(
+                "an answer that must be JSON cannot reason first; leave out thinking, or "
+                "response_format and tool_choice"
+            )
+        if body.top_logprobs is not None and not body.logprobs:
+            raise RequestError("top_logprobs is given, but logprobs is not true; set it")
+        example = self._example(body)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        if max_tokens is None:
+            max_tokens = self._room(example, body.increment)
+        num_top = (body.top_logprobs or 0) if body.logprobs else None
+        request = Request(
+            prompt=example,
+            sampling=_sampling(body, max_tokens, logprobs=num_top, json_schema=schema),
+            num_samples=body.n or 1,
+            increments=body.increment,
+            stream=bool(body.stream),
+        )
+        is_call = bool(body.tools) and _must_call(body)
+        return Asked(
+            request=request,
+            begins_thinking=bool(body.thinking),
+            calls=bool(body.tools) and body.tool_choice in (None, "auto") and schema is None,
+            is_call=is_call,
+        )
+
+    def completions(self, body: CompletionRequest) -> list[Asked]:
+        """What each prompt of a request for continuations asks.
+
+        Args:
+            body: The request.
+
+        Raises:
+            RequestError: If wishes exclude each other or cannot be fulfilled.
+        """
+        num, num_best = body.n or 1, body.best_of
+        if num_best is not None and num_best < num:
+            raise RequestError(f"best_of is {num_best}, but n is {num}; draw at least as many")
+        if num_best is not None and num_best > num and body.stream:
+            raise RequestError(
+                f"the best {num} of {num_best} continuations are known at their ends only; leave "
+                f"out stream or best_of"
+            )
+        chooses = num_best is not None and num_best > num
+        logprobs = 0 if chooses and body.logprobs is None else body.logprobs
+        asked = []
+        for ids in self._prompts(body):
+            sampling = _sampling(body, body.max_tokens or _SHORT, logprobs=logprobs)
+            request = Request(
+                prompt=(TextIds(tuple(ids)),),
+                sampling=sampling,
+                num_samples=num_best or num,
+                stream=bool(body.stream),
+            )
+            asked.append(Asked(request=request, num_best=num if chooses else None))
+        return asked
+
+    def _example(self, body: ChatRequest) -> Example:
+        with TemporaryDirectory(prefix="cascadevl-") as folder:
+            try:
+                return self.processor.prompt(
+                    _turns(body, Path(folder)),
+                    thinking=body.thinking,
+                    force_thinking=body.thinking is not None,
+                    tools=[_function(tool) for tool in body.tools or ()] or None,
+                )
+            except DataError as error:  # where a video stood for a moment is nobody's business
+                problem = error.problem.replace(f"{folder}/", "")
+                raise DataError(
+                    problem, kind=error.kind, field=error.field, remedy=error.remedy
+                ) from error
+
+    def _prompts(self, body: CompletionRequest) -> list[list[int]]:
+        prompt = body.prompt
+        each: Sequence[str | list[int]]
+        if isinstance(prompt, str):
+            each = [prompt]
+        elif isinstance(prompt[0], int):
+            each = [[number for number in prompt if isinstance(number, int)]]
+        else:
+            each = [item for item in prompt if not isinstance(item, int)]
+        found = [self._ids(item) if isinstance(item, str) else item for item in each]
+        if not all(found):
+            raise RequestError("a prompt is empty; an answer needs at least one token before it")
+        return found
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.processor.tokenizer(text, verbose=False).input_ids
+        return ids
+
+    def _room(self, example: Example, increment: float | None) -> int:
+        """Tokens of an answer where nobody says how many: what fits, up to the usual number."""
+        context = self.config.trained_context
+        if context is None:
+            return self.max_tokens
+        rule = self.config.increment if increment is None else increment
+        smallest = min(INCREMENTS) if isinstance(rule, str) else rule
+        num_visual = example.num_tiles * self.config.tokens_per_tile
+        num_text = len(example.input_ids) - len(example.tiles_per_image)
+        return max(1, min(self.max_tokens, int(context - num_text - num_visual * smallest)))
+
+
+def _sampling(
+    body: Asking, max_tokens: int, *, logprobs: int | None, json_schema: str | None = None
+) -> SamplingParams:
+    """Wishes with OpenAI's defaults: temperature 1, and another seed each time."""
+    seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    return SamplingParams(
+        temperature=1.0 if body.temperature is None else float(body.temperature),
+        top_p=1.0 if body.top_p is None else float(body.top_p),
+        top_k=body.top_k or 0,
+        min_p=float(body.min_p or 0.0),
+        repetition_penalty=float(body.repetition_penalty or 1.0),
+        seed=seed,
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        stop=tuple(stop),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+        json_schema=json_schema,
+    )
+
+
+def _turns(body: ChatRequest, folder: Path) -> list[_Turn]:
+    """The conversation as a processor reads it; videos are written into a folder."""
+    turns: list[_Turn] = []
+    num_videos = 0
+    for number, message in enumerate(body.messages):
+        place = f"messages.{number}"
+        role = "system" if message.role == "developer" else message.role
+        turn: _Turn = {"role": role}
+        if isinstance(message.content, str) or message.content is None:
+            turn["content"] = message.content or ""
+        else:
+            parts: list[Mapping[str, object]] = []
+            for part in message.content:
+                if isinstance(part, VideoPart):
+                    num_videos += 1
+                    file = folder / f"video{num_videos}"
+                    file.write_bytes(_content_of(part.video_url.url, "video", place))
+                    parts.append({"type": "video", "path": file})
+                else:
+                    parts.append(_part(part, place))
+            turn["content"] = parts
+        if isinstance(message, AssistantMessage) and message.tool_calls:
+            calls = [call.function.model_dump() for call in message.tool_calls]
+            turn["tool_calls"] = [{"function": call} for call in calls]
+        turns.append(turn)
+    return turns
+
+
+def _part(part: TextPart | ImagePart, place: str) -> Mapping[str, object]:
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    return {"type": "image", "image": _content_of(part.image_url.url, "image", place)}
+
+
+def _content_of(url: str, kind: str, place: str) -> bytes:
+    """What a data URL holds.
+
+    Raises:
+        RequestError: If it is another address, or cannot be decoded.
+    """
+    header, comma, data = url.partition(",")
+    if not url.startswith("data:"):
+        raise RequestError(
+            f"{place} shows the {kind} {url[:60]!r}; only data URLs are opened here: send it as "
+            f"data:{kind}/...;base64,..."
+        )
+    if not comma or not header.endswith(";base64"):
+        raise RequestError(f"{place} shows a data URL that is not base64; encode it in base64")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"a data URL of {place} is not base64 ({error})") from error
+
+
+def _function(tool: Tool) -> dict[str, object]:
+    """A tool as prompts show it, without what was not given."""
+    given = tool.function
+    function: dict[str, object] = {"name": given.name}
+    if given.description is not None:
+        function["description"] = given.description
+    if given.parameters is not None:
+        function["parameters"] = given.parameters
+    return {"type": "function", "function": function}
+
+
+def _must_call(body: ChatRequest) -> bool:
+    return isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required"
+
+
+def _answer_schema(body: ChatRequest) -> str | None:
+    """The JSON schema that an answer must follow, if any."""
+    format_ = body.response_format
+    wanted: dict[str, Any] | None = None
+    if isinstance(format_, JsonObjectFormat):
+        wanted = {"type": "object"}
+    elif isinstance(format_, JsonSchemaFormat):
+        wanted = format_.json_schema.schema_
+    if not _must_call(body):
+        if body.tool_choice == "auto" and not body.tools:
+            raise RequestError("tool_choice is given, but no tools are; name them in tools")
+        return None if wanted is None else json.dumps(wanted)
+    if wanted is not None:
+        raise RequestError("tool_choice asks for a call and response_format for JSON; choose one")
+    return json.dumps(_call_schema(_wanted_tools(body)))
+
+
+def _wanted_tools(body: ChatRequest) -> list[Tool]:
+    tools = body.tools or []
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        tools = [tool for tool in tools if tool.function.name == name]
+        if not tools:
+            raise RequestError(f"tool_choice names {name!r}, which is none of the tools")
+    if not tools:
+        raise RequestError("tool_choice asks for a call, but no tools are given")
+    return tools
+
+
+@dataclass(slots=True)
+class _Definitions:
+    """Definitions of the schemas of several tools, which stand at the root together."""
+
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, tool: Tool) -> Any:
+        """Parameters of a tool without their definitions, which are kept."""
+        parameters = dict(tool.function.parameters or {"type": "object"})
+        for key in ("$defs", "definitions"):
+            mine = parameters.pop(key, None)
+            if not isinstance(mine, dict):
+                continue
+            ours = self.found.setdefault(key, {})
+            assert isinstance(ours, dict)
+            for name, schema in mine.items():
+                if ours.setdefault(name, schema) != schema:
+                    raise RequestError(
+                        f"two tools define {name!r} differently, and a call may be of either; "
+                        f"rename one, or name the tool in tool_choice"
+                    )
+        return parameters
+
+
+def _call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
+    """The schema of a call of one of the tools."""
+    definitions = _Definitions()
+    calls: list[Any] = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.function.name},
+                "arguments": definitions.take(tool),
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    return {"anyOf": calls, **definitions.found}

@@ -1,0 +1,193 @@
+"""What OpenAI's clients read: the bodies of replies, and of the events of a stream.
+
+Numbers beyond OpenAI's stand in fields of their own: ``visual_tokens`` of the prompt, and
+``reasoning_content`` beside the content of an answer.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from pydantic import BaseModel
+
+FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
+
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot say (OpenAI's number)."""
+
+
+class PromptDetails(BaseModel):
+    """Parts of a prompt's tokens."""
+
+    cached_tokens: int
+    visual_tokens: int
+
+
+class Usage(BaseModel):
+    """What a request took; the tokens of all its answers together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class TopLogprob(BaseModel):
+    """A token that was probable."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token that was taken."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Of all tokens of an answer, its reasoning and calls included."""
+
+    content: list[TokenLogprob]
+
+
+class FunctionCall(BaseModel):
+    """What is called; a piece of it in a stream."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCall(BaseModel):
+    """A call of a tool; a piece of it in a stream, where ``index`` says of which."""
+
+    index: int | None = None
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+
+
+class ChatAnswer(BaseModel):
+    """An answer, or a piece of it in a stream."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatChoice(BaseModel):
+    """One of the answers."""
+
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    """The reply of ``/v1/chat/completions``."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(BaseModel):
+    """A piece of one of the answers."""
+
+    index: int
+    delta: ChatAnswer
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChunk(BaseModel):
+    """One event of a stream of answers."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatDelta]
+    usage: Usage | None = None
+
+
+class TextLogprobs(BaseModel):
+    """Of the tokens of a continued text, in the older form."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    """One continuation, or a piece of it in a stream."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class TextCompletion(BaseModel):
+    """The reply of ``/v1/completions``, and one event of its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class Model(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int | None
+
+
+class ModelList(BaseModel):
+    """The reply of ``/v1/models``."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """The reply to a request that failed."""
+
+    error: ErrorDetail
+
+
+class State(BaseModel):
+    """The reply of ``/health`` and ``/ready``."""
+
+    status: str
+
+
+def sent(reply: BaseModel) -> bytes:
+    """A reply as JSON, without the fields that nobody set: so null is sent where it says something.
+
+    Args:
+        reply: The reply, or an event of a stream.
+    """
+    return reply.model_dump_json(exclude_unset=True).encode()
