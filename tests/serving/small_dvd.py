@@ -1,0 +1,107 @@
+"""A decoupled server in the processes and threads of a test, around a small model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.engine.small_talk import conversations
+
+from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.engine.engine import Engine
+from cascadevl.engine.requests import Completion, EngineConfig, Request
+from cascadevl.engine.sampling import SamplingParams
+from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.serving.engine_thread import Answers, Output
+from cascadevl.serving.language_server import LanguageServer
+from cascadevl.serving.member import Member, MemberThread
+from cascadevl.serving.pipeline import Pipeline, PipelineConfig
+from cascadevl.serving.vision_server import VisionConfig, VisionServer
+
+QUICK = PipelineConfig(silence_s=1.2, patience_s=10.0)
+
+
+def requests(processor: CascadeVLProcessor, **more: Any) -> list[Request]:
+    """Questions with several pictures, with one, with none."""
+    sampling = SamplingParams(**{"max_tokens": 10, "ignore_eos": True} | more.pop("sampling", {}))
+    return [
+        Request(prompt=processor.prompt(talk), sampling=sampling, **more)
+        for talk in conversations()
+    ]
+
+
+async def all_of(answers: Answers, request: Request) -> list[Output]:
+    return [output async for output in answers.ask(request)]
+
+
+async def answers_of(answers: Answers, request: Request) -> tuple[Completion, ...]:
+    found = [o for o in await all_of(answers, request) if isinstance(o, Completion)]
+    return tuple(sorted(found, key=lambda answer: answer.sample))
+
+
+async def all_answers(answers: Answers, wishes: Sequence[Request]) -> list[tuple[Completion, ...]]:
+    return await asyncio.gather(*(answers_of(answers, each) for each in wishes))
+
+
+def said(answers: Sequence[Sequence[Completion]]) -> list[list[tuple[tuple[int, ...], str]]]:
+    return [[(each.token_ids, each.text) for each in answer] for answer in answers]
+
+
+@asynccontextmanager
+async def working(member: Member) -> AsyncIterator[Member]:
+    """A server in a thread of the test."""
+    thread = MemberThread(member)
+    try:
+        yield member
+    finally:
+        await asyncio.to_thread(thread.close)
+
+
+@asynccontextmanager
+async def decoupled(
+    model: CascadeVLForConditionalGeneration,
+    processor: CascadeVLProcessor,
+    folder: Path,
+    *,
+    num_vision: int = 1,
+    num_language: int = 1,
+    engine: EngineConfig | None = None,
+    vision: VisionConfig | None = None,
+    window_bytes: int = 2**20,
+    address: str | None = None,
+    config: PipelineConfig = QUICK,
+) -> AsyncIterator[Pipeline]:
+    """A front, and servers of both halves."""
+    engine = engine or EngineConfig(num_pages=400, page_tokens=4)
+    vision = vision or VisionConfig(batch_invariant=engine.batch_invariant)
+    pipeline = Pipeline(model.config, [address or f"ipc://{folder}/front"], config=config)
+    await pipeline.start()
+    (front,) = pipeline.addresses
+    async with AsyncExitStack() as stack:
+        for _ in range(num_vision):
+            server = VisionServer(model, front, config=vision)
+            await stack.enter_async_context(working(server))
+        for number in range(num_language):
+            at = "tcp://127.0.0.1:0" if address else f"ipc://{folder}/language{number}"
+            language = LanguageServer(
+                Engine(model, processor, engine), front, at, window_bytes=window_bytes
+            )
+            await stack.enter_async_context(working(language))
+        try:
+            await joined(pipeline, num_vision + num_language)
+            yield pipeline
+        finally:
+            await pipeline.stop()
+
+
+async def joined(pipeline: Pipeline, number: int) -> None:
+    """Wait until so many servers have joined."""
+    for _ in range(9000):
+        fleet = pipeline._fleet
+        if len(fleet.of("vision")) + len(fleet.of("language")) >= number:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"not all of {number} servers have joined")
