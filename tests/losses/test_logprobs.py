@@ -7,7 +7,7 @@ import torch
 from tests.reference import next_token_by_hand
 
 from cascadevl.losses import logprobs as module
-from cascadevl.losses.logprobs import token_logprobs
+from cascadevl.losses.logprobs import sample_sums, token_logprobs
 
 
 def test_equal_those_by_hand() -> None:
@@ -74,3 +74,11 @@ def test_blocks_of_rows_equal_torch_with_the_gradient(
     (got,) = torch.autograd.grad(found, logits, grad)
     assert got.dtype == dtype
     torch.testing.assert_close(got, wanted.to(dtype), rtol=tolerance, atol=1e-6)
+
+
+def test_sums_of_samples_whatever_their_order() -> None:
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64, requires_grad=True)
+    samples = torch.tensor([2, 0, 2, 3, 0])
+    sums = sample_sums(values, samples, 5)
+    assert sums.tolist() == [18.0, 0.0, 5.0, 8.0, 0.0]
+    assert torch.autograd.gradcheck(lambda x: sample_sums(x, samples, 5), values)

@@ -42,6 +42,19 @@ def token_logprobs(
     return chosen.view(ids.shape)
 
 
+def sample_sums(
+    values: Float[Tensor, " targets"], samples: Int64[Tensor, " targets"], num_samples: int
+) -> Float[Tensor, " samples"]:
+    """Sum of the values of each sample: of log-probabilities that of a whole answer.
+
+    Args:
+        values: One number a target.
+        samples: The sample of each target.
+        num_samples: Samples there are; one without targets gets 0.
+    """
+    return values.new_zeros(num_samples).index_add(0, samples, values)
+
+
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Rows that are widened together."""
     rows = max(1, BLOCK.get(logits.device.type, DEVICE_BLOCK) // max(logits.shape[1], 1))
