@@ -71,6 +71,19 @@ def test_checkpointed_layers_drop_the_same_branches_again() -> None:
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-6)
 
 
+def test_layers_computed_again_drop_nothing_either_while_it_is_off() -> None:
+    pixels = torch.randn(4, 3, 28, 28)
+    grads = []
+    for rate in (0.0, 0.9):
+        model = small_model(drop_path_rate=rate)
+        model.activation_checkpointing_enable()
+        with model.no_drop_path():
+            model.train()  # as a training loop does, long after it was switched off
+            outputs(model, pixels).square().sum().backward()
+        grads.append(model.model.vision_tower.embeddings.patch_embeddings.projection.weight.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+
 def test_a_copy_of_a_model_pauses_on_its_own() -> None:
     model = small_model(drop_path_rate=0.9).train()
     other = copy.deepcopy(model)

@@ -27,6 +27,7 @@ def snapshot(step: int, **changes: Any) -> Snapshot:
         stream={"cursor": 7, "rows": [[1, 2]]},
         counters={"tokens": 12},
         generators=checkpoint.generator_states(),
+        memory={"total": 0.1, "count": 4.0},
     )
     return replace(values, **changes)
 
@@ -38,6 +39,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert path.name == "checkpoint-00000003"
     assert (after.step, after.config, after.stream) == (3, before.config, before.stream)
     assert after.counters == {"tokens": 12}
+    assert after.memory == {"total": 0.1, "count": 4.0}
     for field in ("weights", "optimiser"):
         tensors: Mapping[str, torch.Tensor] = getattr(after, field)
         assert tensors.keys() == getattr(before, field).keys()

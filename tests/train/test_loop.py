@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +100,38 @@ def test_update_divides_by_the_weight_of_the_whole_step_and_adds_shares_up() -> 
     assert state.metrics["largest"] == pytest.approx((3 + 10) / 2)
     assert state.metrics["grad_norm"] == pytest.approx(4.0)
     assert state.counters == {"tokens": 10, "tiles": 4, "samples": 2}
+
+
+class Steps:
+    """Remembers the loss of every step that was applied."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def advance(self, metrics: Mapping[str, float]) -> None:
+        self.losses.append(metrics["loss"])
+
+    def state_dict(self) -> dict[str, object]:
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state: Mapping[str, object], /) -> None:
+        raise AssertionError(state)
+
+
+def test_what_an_objective_remembers_goes_on_once_a_step() -> None:
+    state, memory = make_state(lambda n: points(float(n))), Steps()
+    state.memory = memory
+    run(state, num_steps=2, accumulation=2)
+    # slopes 2 and 1.9 (AdamW moves by its rate); micro-batches (1, 2) and (3, 4)
+    assert memory.losses == pytest.approx([2.0 * 3 / 2, 1.9 * 7 / 2], rel=1e-3)
+
+
+def test_a_broken_step_is_not_remembered() -> None:
+    state, memory = make_state(lambda n: points(math.nan if n == 2 else 1.0)), Steps()
+    state.memory = memory
+    with pytest.raises(TrainingError):
+        run(state)
+    assert len(memory.losses) == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -209,6 +209,8 @@ def test_drop_path_and_dropout_of_adapters_are_off_together() -> None:
     assert not torch.equal(scores(model), expected)
     with model.no_drop_path():
         assert torch.equal(scores(model), expected)
+        model.train()  # as a training loop does at every step
+        assert torch.equal(scores(model), expected)
     assert not torch.equal(scores(model), expected)
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Generic
 
-from cascadevl.data.stream import BatchStream, Skipped, skipped_of
+from cascadevl.data.stream import BatchStream, BatchT, Skipped, skipped_of
 from cascadevl.errors import ConfigError
-from cascadevl.types import Batch
 
 
-class Prefetcher:
+class Prefetcher(Generic[BatchT]):
     """Makes the next batches of a stream in a thread while the model works on this one.
 
     Its state is that of the stream after the last batch handed out, not of those made ahead.
@@ -24,7 +23,7 @@ class Prefetcher:
     batch it prevented would have come.
     """
 
-    def __init__(self, stream: BatchStream, num_batches: int) -> None:
+    def __init__(self, stream: BatchStream[BatchT], num_batches: int) -> None:
         """Wrap a stream; nothing is made before the first batch is asked for.
 
         Args:
@@ -39,7 +38,7 @@ class Prefetcher:
         self._stream, self._num_batches = stream, num_batches
         self._state = stream.state_dict()
         self._executor: ThreadPoolExecutor | None = None
-        self._futures: deque[Future[tuple[Batch, dict[str, Any]]]] = deque()
+        self._futures: deque[Future[tuple[BatchT, dict[str, Any]]]] = deque()
         self._ahead = False  # whether the stream stands further than the last batch handed out
 
     @property
@@ -47,11 +46,11 @@ class Prefetcher:
         """What was left out up to the last batch handed out."""
         return skipped_of(self._state)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[BatchT]:
         """Itself."""
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> BatchT:
         """The next batch of the stream, with the stream's errors."""
         if self._executor is None:
             if self._ahead:
@@ -83,7 +82,7 @@ class Prefetcher:
             self._executor = None
         self._futures.clear()
 
-    def __enter__(self) -> Prefetcher:
+    def __enter__(self) -> Prefetcher[BatchT]:
         """Nothing to open."""
         return self
 
@@ -96,5 +95,5 @@ class Prefetcher:
         while len(self._futures) < self._num_batches:
             self._futures.append(executor.submit(self._make))
 
-    def _make(self) -> tuple[Batch, dict[str, Any]]:
+    def _make(self) -> tuple[BatchT, dict[str, Any]]:
         return next(self._stream), self._stream.state_dict()

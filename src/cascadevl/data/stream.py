@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from cascadevl.data import lanes
 from cascadevl.data.collate import collate
@@ -21,6 +21,9 @@ from cascadevl.data.packing import Fill, FixedRows, Packer, Size, size_of
 from cascadevl.errors import ConfigError, DataError, TrainingError
 from cascadevl.losses.next_token import Averaging
 from cascadevl.types import Batch, Example, Record
+
+BatchT = TypeVar("BatchT")
+BatchT_co = TypeVar("BatchT_co", covariant=True)
 
 
 @runtime_checkable
@@ -33,6 +36,18 @@ class Builder(Protocol):
         Raises:
             DataError: If the record cannot be used.
         """
+
+
+@runtime_checkable
+class Collate(Protocol[BatchT_co]):
+    """Makes a batch of rows of examples."""
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens of a tile, by which rows are measured."""
+
+    def __call__(self, rows: list[list[Example]]) -> BatchT_co:
+        """Lay the rows out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +127,7 @@ class Skipped:
     first: str
 
 
-class BatchStream:
+class BatchStream(Generic[BatchT]):
     """Batches of a mixture, in an order that a state of a few numbers can resume exactly."""
 
     def __init__(
@@ -120,7 +135,7 @@ class BatchStream:
         mixture: Mixture,
         builder: Builder,
         rows: Packer[Example] | FixedRows[Example],
-        collate: CollateConfig,
+        collate: Collate[BatchT],
         config: StreamConfig | None = None,
         *,
         rank: int = 0,
@@ -161,11 +176,11 @@ class BatchStream:
         """Rows, tokens and tiles that have left for batches."""
         return self._rows.fill
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[BatchT]:
         """Itself: a stream is read once, and goes on where it stands."""
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> BatchT:
         """The next batch.
 
         Raises:

@@ -85,19 +85,21 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
 
     @contextmanager
     def no_drop_path(self) -> Iterator[None]:
-        """Switch drop path and the dropout of adapters off inside.
+        """Switch drop path and the dropout of adapters off inside, in training mode too.
 
-        Log-probabilities need it (design decision 5).
+        Log-probabilities need it (design decision 5). It may stay open over a whole run: putting
+        the model into training mode changes nothing, and layers that are computed again in the
+        backward pass (gradient checkpointing) drop nothing either.
         """
-        dropouts = [m for m in self.modules() if isinstance(m, nn.Dropout) and m.training]
+        rates = [(m, m.p) for m in self.modules() if isinstance(m, nn.Dropout)]
         try:
-            for dropout in dropouts:
-                dropout.train(False)
+            for dropout, _ in rates:
+                dropout.p = 0.0
             with self.model.drop_path.pause():
                 yield
         finally:
-            for dropout in dropouts:
-                dropout.train(True)
+            for dropout, rate in rates:
+                dropout.p = rate
 
     def forward(
         self,

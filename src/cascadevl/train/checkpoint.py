@@ -14,7 +14,7 @@ import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Snapshot:
         stream: Where this process stands in the data; plain JSON values.
         counters: Totals of the run, such as tokens seen.
         generators: States of the random generators of this process.
+        memory: What the objective remembers from step to step; plain JSON values.
     """
 
     step: int
@@ -53,6 +54,7 @@ class Snapshot:
     stream: Mapping[str, Any]
     counters: Mapping[str, int]
     generators: Mapping[str, Any]
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -132,6 +134,7 @@ def write_shared(folder: Path, snapshot: Snapshot) -> None:
         "world_size": snapshot.world_size,
         "counters": dict(snapshot.counters),
         "config": snapshot.config,
+        "memory": dict(snapshot.memory),
     }
     _write_json(partial / "state.json", facts)
 
@@ -203,6 +206,7 @@ def load(path: Path, *, rank: int = 0) -> Snapshot:
         stream=own["stream"],
         counters=state["counters"],
         generators={**own["generators"], **_read_tensors(path / f"{name}.safetensors")},
+        memory=state.get("memory", {}),  # a checkpoint of a stage that remembers nothing
     )
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cascadevl.errors import ConfigError, TrainingError
 from cascadevl.train.log import RunLog
-from cascadevl.train.objective import BatchT, Objective
+from cascadevl.train.objective import BatchT, Memory, Objective
 from cascadevl.train.optim import Optimiser, lr_factor
 
 BatchT_co = TypeVar("BatchT_co", covariant=True)
@@ -138,6 +138,7 @@ class TrainState(Generic[BatchT]):
         optimiser: Its optimiser.
         stream: Where batches come from.
         accelerator: Device and processes.
+        memory: What the objective remembers from step to step, if it does.
         step: Updates done.
         counters: Totals over the run and all processes: tokens, tiles, samples.
         metrics: The values of the last update.
@@ -147,6 +148,7 @@ class TrainState(Generic[BatchT]):
     optimiser: Optimiser
     stream: Stream[BatchT]
     accelerator: Accelerator
+    memory: Memory | None = None
     step: int = 0
     counters: dict[str, int] = field(
         default_factory=lambda: {"tokens": 0, "tiles": 0, "samples": 0}
@@ -271,6 +273,8 @@ def train(
             factor = lr_factor(state.step, config.num_steps, state.optimiser.config)
             state.optimiser.step(factor)
             state.optimiser.zero_grad()
+            if state.memory is not None:
+                state.memory.advance(state.metrics)
             state.step += 1
             is_last = state.step == config.num_steps
             log.advance(state.step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -69,6 +69,20 @@ class Objective(Generic[BatchT]):
 
     weigh: Callable[[BatchT], float]
     loss: Callable[[nn.Module, BatchT, float], Terms]
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """What an objective remembers from step to step: part of a run's state, equal on all ranks."""
+
+    def advance(self, metrics: Mapping[str, float]) -> None:
+        """Take in the values of a step that has been applied, those of all processes together."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered, as plain JSON values."""
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Remember what was remembered when a state was taken."""
 
 
 def _target_weight(batch: Batch) -> float:

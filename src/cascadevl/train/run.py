@@ -40,7 +40,6 @@ from cascadevl.train.loop import TrainState
 from cascadevl.train.lora import LoraConfig, add_adapters
 from cascadevl.train.objective import BatchT
 from cascadevl.train.optim import set_precision
-from cascadevl.types import Batch
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints within a run folder."""
@@ -227,6 +226,7 @@ def saver(config: TrainConfig) -> Callable[[TrainState[BatchT]], Path]:
             stream=state.stream.state_dict(),
             counters=state.counters,
             generators=checkpoint.generator_states(),
+            memory=state.memory.state_dict() if state.memory is not None else {},
         )
         if accelerator.is_main_process:
             checkpoint.write_shared(folder, snapshot)
@@ -256,6 +256,20 @@ def older_run(out: Path) -> Path | None:
     return checkpoint.latest(out / CHECKPOINTS) or next(finished, None)
 
 
+def spare_older(config: TrainConfig) -> None:
+    """Refuse to begin a run in the folder of an older one.
+
+    Raises:
+        TrainingError: If there is one and it is not to be resumed.
+    """
+    older = older_run(config.run.out)
+    if older is not None and not config.run.resume:
+        raise TrainingError(
+            f"{older} is there from an older run; go on with that run with --run.resume true, "
+            "or choose another --run.out"
+        )
+
+
 def take_up(state: TrainState[BatchT], config: TrainConfig) -> Path | None:
     """Continue from the latest checkpoint of the run folder, if resuming is asked for.
 
@@ -269,13 +283,8 @@ def take_up(state: TrainState[BatchT], config: TrainConfig) -> Path | None:
         TrainingError: If the checkpoint belongs to another configuration or model, or a new run
             would overwrite an old one's checkpoints.
     """
+    spare_older(config)
     path = checkpoint.latest(config.run.out / CHECKPOINTS)
-    older = older_run(config.run.out)
-    if older is not None and not config.run.resume:
-        raise TrainingError(
-            f"{older} is there from an older run; go on with that run with --run.resume true, "
-            "or choose another --run.out"
-        )
     if path is None:
         return None
     snapshot = checkpoint.load(path, rank=state.accelerator.process_index)
@@ -284,6 +293,8 @@ def take_up(state: TrainState[BatchT], config: TrainConfig) -> Path | None:
     checkpoint.load_model_tensors(state.model, snapshot.weights)
     state.optimiser.load_state_dict(snapshot.optimiser)
     state.step, state.counters = snapshot.step, dict(snapshot.counters)
+    if state.memory is not None:
+        state.memory.load_state_dict(snapshot.memory)
     if snapshot.world_size == state.accelerator.num_processes:
         state.stream.load_state_dict(dict(snapshot.stream))
         checkpoint.restore_generators(snapshot.generators)
@@ -319,7 +330,7 @@ def open_log(
 
 
 def export(
-    state: TrainState[Batch],
+    state: TrainState[BatchT],
     model: CascadeVLForConditionalGeneration,
     processor: CascadeVLProcessor,
     config: TrainConfig,
@@ -373,7 +384,7 @@ def trained_share(model: nn.Module) -> str:
     return f"{trained:,} of {every:,} parameters are trained ({trained / every:.2%})"
 
 
-def skipped_records(state: TrainState[Batch]) -> dict[tuple[str, str], int]:
+def skipped_records(state: TrainState[BatchT]) -> dict[tuple[str, str], int]:
     """Records that all processes left out so far, by data set and kind of fault."""
     own = {key: value.count for key, value in skipped_of(state.stream.state_dict()).items()}
     totals: Counter[tuple[str, str]] = Counter()

@@ -19,14 +19,21 @@ from cascadevl.data.mixture import Mixture, WeightedSource
 from cascadevl.data.packing import FixedRows, Packer
 from cascadevl.data.prefetch import Prefetcher
 from cascadevl.data.processor import CascadeVLProcessor
-from cascadevl.data.stream import BatchStream, CollateConfig, StreamConfig
+from cascadevl.data.stream import (
+    BatchStream,
+    BatchT,
+    Builder,
+    Collate,
+    CollateConfig,
+    StreamConfig,
+)
 from cascadevl.errors import ConfigError
 from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.model.v2pe import dynamic_limit
 from cascadevl.tasks.naming import weighted
 from cascadevl.train.config import BatchConfig, DataConfig, TrainConfig
 from cascadevl.train.mixing import mixed
-from cascadevl.types import Example
+from cascadevl.types import Batch, Example
 
 
 def sources_of_meta(paths: Sequence[Path]) -> list[WeightedSource]:
@@ -85,6 +92,20 @@ def row_rule(batch: BatchConfig) -> Packer[Example] | FixedRows[Example]:
     return Packer(batch.row_tokens, batch.row_tiles, batch.buffer_rows)
 
 
+def collate_config(
+    batch: BatchConfig, processor: CascadeVLProcessor, model: CascadeVLConfig
+) -> CollateConfig:
+    """How rows become tensors in a run."""
+    return CollateConfig(
+        image_token_id=processor.image_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        tokens_per_tile=processor.tokens_per_tile,
+        averaging=batch.averaging,
+        ceil_after_image=model.ceil_after_image,
+        pad_to=batch.row_tokens if batch.fixed_rows else None,
+    )
+
+
 @contextmanager
 def open_stream(
     sources: Sequence[WeightedSource],
@@ -92,7 +113,7 @@ def open_stream(
     config: TrainConfig,
     accelerator: Accelerator,
     model: CascadeVLConfig,
-) -> Iterator[BatchStream | Prefetcher]:
+) -> Iterator[BatchStream[Batch] | Prefetcher[Batch]]:
     """The batches of one process of a run; what makes them ahead ends with the context.
 
     Args:
@@ -109,18 +130,34 @@ def open_stream(
     builder = example_builder(
         config.data, processor, config.run.seed, max_positions=dynamic_limit(model)
     )
+    mixture = mixed(sources, builder, config, accelerator)
+    collate = collate_config(config.batch, processor, model)
+    with stream_of(mixture, builder, collate, config, accelerator) as stream:
+        yield stream
+
+
+@contextmanager
+def stream_of(
+    sources: Sequence[WeightedSource],
+    builder: Builder,
+    collate: Collate[BatchT],
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> Iterator[BatchStream[BatchT] | Prefetcher[BatchT]]:
+    """The same of any kind of batches.
+
+    Args:
+        sources: What to draw from, with the weights it is drawn by (`mixed`).
+        builder: Makes examples of records.
+        collate: Makes batches of rows.
+        config: The run's.
+        accelerator: Knows which process this is.
+    """
     stream = BatchStream(
-        Mixture(mixed(sources, builder, config, accelerator), config.run.seed),
+        Mixture(sources, config.run.seed),
         builder,
         row_rule(config.batch),
-        CollateConfig(
-            image_token_id=processor.image_token_id,
-            pad_token_id=processor.tokenizer.pad_token_id,
-            tokens_per_tile=processor.tokens_per_tile,
-            averaging=config.batch.averaging,
-            ceil_after_image=model.ceil_after_image,
-            pad_to=config.batch.row_tokens if config.batch.fixed_rows else None,
-        ),
+        collate,
         StreamConfig(
             rows_per_batch=config.batch.rows,
             level_rows=config.batch.level_rows if config.batch.packing == "fill" else 1,
