@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TRIALS = ("nano", "micro")
 """Presets that are ours: nobody published values for them."""
 
-SOURCE = re.compile(r"# (not published|scripts?|stages? [0-2]|(the )?report|released code|ours)\b")
+SOURCE = re.compile(r"# (not published|scripts?|stages? [0-3]|(the )?report|released code|ours)\b")
 """How the comment that says where a value is from begins."""
 
 # Released scripts, all stages: AdamW(.9, .999), eps 1e-8, decay .05, warm-up .03, cosine, clip 1.
@@ -130,9 +130,49 @@ PRETRAIN_3_SIZES = {
 }
 
 
+# shell/internvl3.0/mpo, shell/internvl3_5_qwen3 and stage 3 of the GPT-OSS scripts.
+MPO = {
+    "model.frozen": (),
+    "model.drop_path": None,  # ours: nothing is dropped while log-probabilities are taken
+    "data.mixture": "as_given",
+    "data.jpeg": False,
+    "data.increment": 1.0,
+    "batch.packing": "count",
+    "batch.row_samples": 1,
+    "optim.lr": 2e-7,
+    "mpo.preference_weight": 0.8,
+    "mpo.quality_weight": 0.2,
+    "mpo.generation_weight": 1.0,
+    "mpo.beta": 0.1,
+    "mpo.preference": "sigmoid",
+    "mpo.update_before_use": False,
+    "mpo.reference": "stored",
+    "run.seed": 42,
+}
+# size: start, longest sequence, batch, pairs of an epoch
+MPO_SIZES = {
+    "1b": ("OpenGVLab/InternVL3_5-1B-Instruct", 16384, 256, 200_000),
+    "2b": ("OpenGVLab/InternVL3_5-2B-Instruct", 16384, 256, 200_000),
+    "4b": ("OpenGVLab/InternVL3_5-4B-Instruct", 16384, 256, 200_000),
+    "8b": ("OpenGVLab/InternVL3_5-8B-Instruct", 16384, 256, 200_000),
+    "14b": ("OpenGVLab/InternVL3_5-14B-Instruct", 16384, 256, 200_000),
+    "38b": ("OpenGVLab/InternVL3_5-38B-Instruct", 16384, 256, 200_000),
+    "20b-a4b": ("runs/sft_20b-a4b/model", 16384, 256, 200_000),
+    "30b-a3b": ("OpenGVLab/InternVL3_5-30B-A3B-Instruct", 16384, 256, 200_000),
+    "241b-a28b": ("OpenGVLab/InternVL3_5-241B-A28B-Instruct", 16384, 256, 200_000),
+    "internvl3-1b": ("OpenGVLab/InternVL3-1B-Instruct", 12288, 256, 300_000),
+    "internvl3-2b": ("OpenGVLab/InternVL3-2B-Instruct", 12288, 256, 300_000),
+    "internvl3-8b": ("OpenGVLab/InternVL3-8B-Instruct", 12288, 256, 300_000),
+    "internvl3-9b": ("OpenGVLab/InternVL3-9B-Instruct", 12288, 256, 300_000),
+    "internvl3-14b": ("OpenGVLab/InternVL3-14B-Instruct", 12288, 256, 300_000),
+    "internvl3-38b": ("OpenGVLab/InternVL3-38B-Instruct", 8192, 512, 300_000),
+    "internvl3-78b": ("OpenGVLab/InternVL3-78B-Instruct", 8192, 512, 300_000),
+}
+
+
 def released() -> list[Path]:
     """The files under test, without those that they change."""
-    stages = ("pretrain_", "posthoc_", "sft_")
+    stages = ("pretrain_", "posthoc_", "sft_", "mpo_")
     files = [file for file in sorted(CONFIGS.glob("*.yaml")) if file.name.startswith(stages)]
     rest = {file: file.stem.partition("_")[2] for file in files}
     return [f for f in files if rest[f] not in TRIALS and not rest[f].startswith("lora_")]
@@ -188,6 +228,21 @@ def test_pretraining_of_internvl3(size: str):
     assert tokens == pytest.approx(200e9, rel=0.02)  # the report's count
 
 
+@pytest.mark.parametrize("size", MPO_SIZES)
+def test_mpo(size: str):
+    start, max_tokens, batch, pairs = MPO_SIZES[size]
+    own = {"model.path": start, "data.max_tokens": max_tokens, "run.global_batch": batch}
+    config = opened("mpo", size)
+    assert differing(config, EVERY_STAGE, MPO, own) == {}
+    assert config.run.num_steps == pytest.approx(pairs / batch, abs=1)
+
+
+@pytest.mark.parametrize("preset", TRIALS)
+def test_mpo_of_our_presets_weighs_its_terms_as_released(preset: str):
+    weights = {key: value for key, value in MPO.items() if key.startswith("mpo.")}
+    assert differing(opened("mpo", preset), weights) == {}
+
+
 def test_gpt_oss_warms_its_projector_up_first():
     config = opened("posthoc", "20b-a4b")
     assert isinstance(config, PosthocConfig)
@@ -200,7 +255,7 @@ def test_gpt_oss_warms_its_projector_up_first():
 def test_every_released_size_has_its_files_and_no_other_is_there():
     sizes = {*PRETRAIN_3_5_SIZES, *PRETRAIN_3_SIZES}
     assert sizes == {model.preset for model in ZOO.values() if model.preset}
-    files = {f"{stage}_{size}" for stage in ("pretrain", "sft") for size in sizes}
+    files = {f"{stage}_{size}" for stage in ("pretrain", "sft", "mpo") for size in sizes}
     assert {file.stem for file in released()} == {*files, "posthoc_20b-a4b"}
 
 
@@ -214,6 +269,9 @@ def test_starts_on_the_hub_are_repositories_of_the_size(model):
         assert "-Pretrained" in model.suffixes
     else:
         assert path == model.hub_id
+    if model.preset != "20b-a4b":
+        assert opened("mpo", model.preset).model.path == f"{model.hub_id}-Instruct"
+        assert "-Instruct" in model.suffixes
 
 
 def test_every_value_has_its_source_beside_it():

@@ -12,8 +12,10 @@ from cascadevl.cli.train import marked_text, read_config, split_words
 from cascadevl.config import load_config
 from cascadevl.data.example import Span
 from cascadevl.data.tokenizer import build_tokenizer
+from cascadevl.errors import ConfigError
 from cascadevl.train.config import TrainConfig
 from cascadevl.train.lora import LoraConfig
+from cascadevl.train.mpo import MPOConfig
 from cascadevl.workflows.dry_run import SeenImage, SeenSample
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -75,6 +77,27 @@ def test_lora_is_a_flag_with_settings_of_its_own(tmp_path: Path):
     (tmp_path / "a.yaml").write_text("lora: {rank: 4}")
     assert lora("--lora", str(tmp_path / "a.yaml")) == LoraConfig(rank=4)
     assert lora(str(tmp_path / "a.yaml"), "--lora=null") is None
+
+
+def test_mpo_has_defaults_and_keys_of_its_own():
+    def read(*words: str) -> TrainConfig:
+        return read_config(make_parser().parse_args(["train", "mpo", "--model", "m", *words]))
+
+    config = read("--mpo.preference", "hinge", "--mpo.beta=0.2", "--optim.eps", "1e-6")
+    assert isinstance(config, MPOConfig)
+    assert (config.mpo.preference, config.mpo.beta) == ("hinge", 0.2)
+    assert (config.mpo.preference_weight, config.mpo.generation_weight) == (0.8, 1.0)
+    assert (config.optim.lr, config.optim.eps) == (2e-7, 1e-6)  # a changed section keeps the rest
+    assert (config.batch.packing, config.data.jpeg, config.data.max_tokens) == (
+        "count",
+        False,
+        16384,
+    )
+    assert read("--lora", "--mpo.reference", "adapters_off").lora == LoraConfig()
+    with pytest.raises(ConfigError, match="add --lora"):
+        read("--mpo.reference", "adapters_off")
+    with pytest.raises(ConfigError, match="did you mean 'beta'"):
+        read("--mpo.betta", "1")
 
 
 def test_files_then_short_options_then_overrides(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""``cascadevl train {pretrain,posthoc,sft}``: a training run from a YAML file and overrides."""
+"""``cascadevl train {pretrain,posthoc,sft,mpo}``: a training run from a YAML file and overrides."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ STAGES = {
     "pretrain": "native multimodal pre-training: all text of a sample is learned",
     "posthoc": "the route that native pre-training replaces: the projector alone, then everything",
     "sft": "supervised fine-tuning: only answers are learned",
+    "mpo": "mixed preference optimisation: which of two answers is better",
 }
 _OWN_OPTIONS = ("--help", "--model", "--data", "--out", "--resume", "--print_config", "--dry-run")
 _LORA = "--lora"  # this word alone; --lora=null and --lora.rank are overrides
@@ -141,9 +142,11 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     """The run's configuration: files, then the short options, then the overrides."""
     from cascadevl.config import load_config
     from cascadevl.train.config import TrainConfig
+    from cascadevl.train.mpo import MPOConfig
     from cascadevl.train.posthoc import PosthocConfig
 
-    kind = PosthocConfig if args.stage == "posthoc" else TrainConfig
+    own: dict[str, type[TrainConfig]] = {"posthoc": PosthocConfig, "mpo": MPOConfig}
+    kind = own.get(args.stage, TrainConfig)
     short = []
     if args.model is not None:
         # A model to start from replaces a preset that a file names.
@@ -160,12 +163,15 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def _train(stage: str, config: TrainConfig) -> int:
+    from cascadevl.train.mpo import MPOConfig, mpo
     from cascadevl.train.posthoc import PosthocConfig, posthoc
     from cascadevl.train.pretrain import pretrain
     from cascadevl.train.sft import sft
 
     if isinstance(config, PosthocConfig):
         result = posthoc(config)
+    elif isinstance(config, MPOConfig):
+        result = mpo(config)
     else:
         result = {"pretrain": pretrain, "sft": sft}[stage](config)
     for (dataset, kind), count in sorted(result.skipped.items()):
