@@ -1,4 +1,4 @@
-"""TRL seen from bench_sft.py: its process, its settings, and the search for the best ones."""
+"""TRL seen from bench_sft.py and bench_mpo.py: its process, its settings, and their search."""
 
 from __future__ import annotations
 
@@ -53,17 +53,16 @@ class PeerDied(Exception):
 class Trl:
     """The process on TRL's side."""
 
-    def __init__(self, python: Path, folder: Path) -> None:
+    def __init__(self, python: Path, folder: Path, script: str = "trl_side.py") -> None:
         """Start it on a folder with a checkpoint and rows."""
-        self.python, self.folder = python, folder
+        self.folder, self.command = folder, [str(python), str(Path(__file__).with_name(script))]
         self.start()
 
     def start(self) -> None:
         """Start it, or another in its place."""
-        python, folder = self.python, self.folder
-        script = Path(__file__).with_name("trl_side.py")
+        folder = self.folder
         self.process = subprocess.Popen(
-            [str(python), str(script), str(folder)],
+            [*self.command, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(folder / "trl.log").open("w"),

@@ -32,20 +32,12 @@ class Closed(Exception):
     """The trainer is to be given up."""
 
 
-class Side:
-    """The rows, the checkpoint, and the channel to the program that asks."""
+class Channel:
+    """The folder with rows and checkpoint, and the channel to the program that asks."""
 
     def __init__(self, folder: Path, requests: TextIO, answers: TextIO) -> None:
-        """Read rows and tokenizer."""
+        """Keep them."""
         self.folder, self.requests, self.answers = folder, requests, answers
-        tensors = load_file(folder / "rows.safetensors")
-        count = sum(name.startswith("ids.") for name in tensors)
-        self.ids = [tensors[f"ids.{n}"] for n in range(count)]
-        self.labels = [tensors[f"labels.{n}"] for n in range(count)]
-        # Normalised once, before anything is timed.
-        self.tiles = [
-            (tensors[f"tiles.{n}"].permute(0, 3, 1, 2) / 255 - MEAN) / STD for n in range(count)
-        ]
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "model")
 
     def ask(self) -> dict[str, Any]:
@@ -57,6 +49,22 @@ class Side:
         """Answer."""
         self.answers.write(json.dumps(answer) + "\n")
         self.answers.flush()
+
+
+class Side(Channel):
+    """Rows of fine-tuning."""
+
+    def __init__(self, folder: Path, requests: TextIO, answers: TextIO) -> None:
+        """Read the rows."""
+        super().__init__(folder, requests, answers)
+        tensors = load_file(folder / "rows.safetensors")
+        count = sum(name.startswith("ids.") for name in tensors)
+        self.ids = [tensors[f"ids.{n}"] for n in range(count)]
+        self.labels = [tensors[f"labels.{n}"] for n in range(count)]
+        # Normalised once, before anything is timed.
+        self.tiles = [
+            (tensors[f"tiles.{n}"].permute(0, 3, 1, 2) / 255 - MEAN) / STD for n in range(count)
+        ]
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Padded rows with the tiles of all of them: what TRL's own collator makes."""
@@ -139,9 +147,7 @@ class Side:
     def train(self, settings: dict[str, Any]) -> None:
         """Train an epoch for every ``round`` until something else is asked for."""
         torch.set_num_threads(settings["threads"])
-        clock = Clock(self)
-        trainer = self.trainer({**settings, "rounds": 10**6}, callbacks=[clock])
-        clock.trainer = trainer
+        trainer = self.trainer({**settings, "rounds": 10**6}, callbacks=[Clock(self)])
         self.tell({"ready": True})
         try:
             trainer.train()
@@ -152,10 +158,9 @@ class Side:
 class Clock(TrainerCallback):
     """Waits before every epoch, and tells its time after it."""
 
-    def __init__(self, side: Side) -> None:
-        """Begin with no trainer."""
+    def __init__(self, side: Channel) -> None:
+        """Begin without a step."""
         self.side = side
-        self.trainer: SFTTrainer | None = None
         self.start = 0.0
         self.steps = 0
 
@@ -176,16 +181,16 @@ class Clock(TrainerCallback):
         self.side.tell({"seconds": time.perf_counter() - self.start, "steps": self.steps})
 
 
-def main() -> None:
-    """Serve the requests."""
+def serve(kind: type[Any]) -> None:
+    """Serve the requests with one kind of side."""
     # Libraries print where they like; the channel is for answers alone.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    side = Side(Path(sys.argv[1]), sys.stdin, answers)
+    side = kind(Path(sys.argv[1]), sys.stdin, answers)
     side.tell({"trl": trl.__version__, "torch": torch.__version__})
     while (request := side.ask())["do"] != "exit":
         {"loss": side.loss, "train": side.train}[request["do"]](request)
 
 
 if __name__ == "__main__":
-    main()
+    serve(Side)
