@@ -25,9 +25,10 @@ from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.prompts import BOXED_INSTRUCTION, THINKING_PROMPT
 from cascadevl.data.rollouts import ROLLOUTS, StoredRollouts
 from cascadevl.engine.backends import ends_of, generate
+from cascadevl.engine.engine import Engine
 from cascadevl.engine.engine_backend import EngineBackend
 from cascadevl.engine.offline import seed_of
-from cascadevl.engine.requests import Request
+from cascadevl.engine.requests import EngineConfig, Request
 from cascadevl.errors import ConfigError, DataError, RequestError
 from cascadevl.tasks.problems import problem_of
 from cascadevl.types import Example, Message, Record
@@ -224,3 +225,45 @@ def test_numbers_that_cannot_work_are_refused() -> None:
         RolloutConfig(out=Path("x"), num_samples=0)
     with pytest.raises(ConfigError, match="system message is empty"):
         RolloutConfig(out=Path("x"), system=" ")
+
+
+def test_a_chunk_that_was_interrupted_is_answered_again_as_a_whole(
+    tmp_path: Path, model: tuple[EngineBackend, CascadeVLProcessor]
+) -> None:
+    _, processor = model
+    engine = Engine(model[0].engine.model, processor, EngineConfig(num_pages=400, page_tokens=8))
+    backend = EngineBackend(engine=engine)
+    asked: list[list[int]] = []
+
+    class Counting:
+        """The engine, with a note of what is asked together; it may be lost on the way."""
+
+        capabilities = backend.capabilities
+        stream, load = backend.stream, backend.load
+
+        def __init__(self, last: int) -> None:
+            self.left = last
+
+        def answer(self, requests: Any) -> Any:
+            asked.append([])
+            for outcome in backend.answer(requests):
+                asked[-1].append(outcome[0])
+                if self.left == 0:
+                    raise RequestError("the server is gone")
+                self.left -= 1
+                yield outcome
+
+    def once(out: Path, last: int) -> None:
+        config = RolloutConfig(out=out, num_samples=3, sampling=SAMPLING, chunk=2)
+        backend_now = Counting(last)
+        sample_rollouts(Sights(6), config, processor, backend_now, before_chunk=engine.forget)
+
+    with pytest.raises(RequestError, match="gone"):
+        once(tmp_path / "a", 3)
+    assert len(StoredRollouts(tmp_path / "a")) == 2  # the third answered question was not kept
+    asked.clear()
+    once(tmp_path / "a", 100)
+    assert [len(each) for each in asked] == [0, 2, 2]
+    once(tmp_path / "b", 100)
+    answers = [[each.answers for each in StoredRollouts(tmp_path / out)] for out in ("a", "b")]
+    assert answers[0] == answers[1]

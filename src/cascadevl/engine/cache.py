@@ -171,10 +171,11 @@ class PagePool:
         return tuple(pages)
 
     def forget(self) -> None:
-        """Forget what all pages hold, for new weights."""
+        """Forget what all pages hold, and where they were given out last."""
         self._forget_oldest(len(self._idle))
         self._key_of.clear()
         self._page_of.clear()
+        self._cursor = 0
 
     def check(self, users: Sequence[Sequence[int]]) -> None:
         """Assert that these are all users and every page is accounted for once.

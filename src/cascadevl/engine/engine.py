@@ -211,8 +211,19 @@ class Engine:
                 self._packed.refresh(state)
             else:
                 load_weights(self.model, state)
-            self._scheduler.forget()
-            self._vision.forget()
+            self._forget()
+
+    def forget(self) -> None:
+        """Find nothing again of what was computed for requests that have ended.
+
+        An idle engine then answers as a new one does, to the bit.
+        """
+        with self._lock:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._scheduler.forget()
+        self._vision.forget()
 
     def stats(self) -> EngineStats:
         """What is held, and has been done so far."""
