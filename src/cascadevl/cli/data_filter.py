@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         f"{report.num_too_hard:,} are harder ({report.num_unsolved:,} never solved), "
         f"{report.num_too_easy:,} easier ({report.num_mastered:,} always solved)",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(f"questions: {args.out}", markup=False, highlight=False, soft_wrap=True)
     return 0 if report.num_kept else KEPT_NOTHING

@@ -142,6 +142,7 @@ def print_report(report: PreferenceReport, console: Console, *, has_model: bool)
         f"({report.num_entailed:,} left out: the wrong one contains the right one), "
         f"{report.num_dropout:,} of DropoutNTP",
         highlight=False,
+        soft_wrap=True,
     )
     if report.meta is None:
         console.print("there are no pairs", style="bold red")
