@@ -6,11 +6,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import openai
+import PIL.Image
 import pytest
+from tests.serving.small_server import shown
 
 from cascadevl.cli.main import main
 
@@ -56,3 +60,43 @@ def test_a_port_in_use_is_said(capsys: pytest.CaptureFixture[str]):
         port = client.base_url.port
         assert main(["serve", "micro", "--port", str(port)]) == 2
     assert f"cannot listen at 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_halves_as_processes_answer_and_all_end_with_the_front():
+    with served("--vision", "1", "--language", "1") as (process, client):
+        picture = PIL.Image.new("RGB", (200, 100), "white")
+        part = {"type": "text", "text": "What is it?"}
+        reply = client.with_options(timeout=200).chat.completions.create(
+            model="micro",
+            messages=[{"role": "user", "content": [shown(picture), part]}],
+            max_tokens=4,
+            temperature=0,
+        )
+        assert reply.usage is not None
+        assert reply.usage.prompt_tokens_details is not None
+        assert reply.usage.prompt_tokens_details.model_dump()["visual_tokens"] > 0
+        members = children(process.pid)
+        assert len(members) == 2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert not any(Path(f"/proc/{member}").exists() for member in members)
+
+
+@pytest.mark.slow
+def test_processes_end_when_their_front_is_killed():
+    with served("--vision", "1", "--language", "1") as (process, _):
+        members = children(process.pid)
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 200
+        while any(Path(f"/proc/{member}").exists() for member in members):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+
+
+def children(pid: int) -> list[int]:
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True
+    )
+    return [int(line) for line in listed.stdout.split()]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from tests.engine.small_talk import picture
 from tests.serving.small_dvd import all_answers, joined, said
 
@@ -53,6 +54,7 @@ def wishes_about(processor: cascadevl.CascadeVLProcessor, seeds: range) -> list[
     ]
 
 
+@pytest.mark.timeout(600)
 def test_killing_a_vision_server_loses_no_request_and_changes_no_answer(tmp_path: Path):
     model, processor = cascadevl.load("micro")
     wishes = wishes_about(processor, range(24))

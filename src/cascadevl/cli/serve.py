@@ -58,6 +58,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
     group.add_argument(
+        "--threads",
+        type=positive_int,
+        metavar="N",
+        help="of each half on a CPU (default: the cores shared out among the halves of this "
+        "machine; more threads than cores make each other wait)",
+    )
+    group.add_argument(
         "--cache-bytes",
         type=byte_size,
         default=2**30,
@@ -204,10 +211,24 @@ def _engine(
     return Engine(held, processor, config)
 
 
+def _share_of_cores(num_halves: int) -> int:
+    """Threads of each of several halves that compute on this machine at the same time."""
+    import torch
+
+    return max(1, torch.get_num_threads() // num_halves)
+
+
+def _use_threads(number: int) -> None:
+    import torch
+
+    torch.set_num_threads(number)
+
+
 def _run_coupled(args: argparse.Namespace) -> int:
     import cascadevl
     from cascadevl.serving.coupled import Coupled
 
+    _use_threads(args.threads or _share_of_cores(2))
     model, processor = cascadevl.load(args.model, device=usable_device(args.device))
     _serve(args, Coupled(_engine(args, model, processor)), processor, model.config)
     return 0
@@ -237,7 +258,9 @@ def _run_front(args: argparse.Namespace) -> int:
 
 def _members(args: argparse.Namespace, front: str, folder: str) -> list[list[str]]:
     """The commands of the servers of this machine."""
+    threads = args.threads or _share_of_cores(max(1, (args.vision or 0) + (args.language or 0)))
     common = ["serve", args.model, "--join", front, "--device", args.device]
+    common += ["--threads", str(threads)]
     if args.batch_invariant:
         common.append("--batch-invariant")
     vision = [*common, "--role", "vision"]
@@ -257,6 +280,8 @@ def _run_member(args: argparse.Namespace) -> int:
     from cascadevl.serving.member import Member, fingerprint
     from cascadevl.serving.processes import end_with
 
+    if args.threads is not None:
+        _use_threads(args.threads)
     weights = fingerprint(Path(find(args.model)))
     make: Any = _vision_server if args.role == "vision" else _language_server
     member: Member = make(args, weights)

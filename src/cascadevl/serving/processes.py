@@ -49,6 +49,8 @@ class Keeper:
                 self.process.terminate()
         if self._thread is not None:
             self._thread.join()
+        if self.process is not None:
+            self.process.wait()
 
     def _start_process(self) -> None:
         with self._lock:
