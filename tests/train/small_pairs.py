@@ -53,8 +53,9 @@ def pairs(length: int = 12) -> tuple[WeightedSource, ...]:
 
 @functools.cache
 def _start(folder: Path) -> Path:
-    model, processor = from_scratch(ModelConfig(preset="nano"), tokenizer(), seed=3)
-    save(model, processor, folder)
+    if not folder.exists():  # another process of the same test may come later
+        model, processor = from_scratch(ModelConfig(preset="nano"), tokenizer(), seed=3)
+        save(model, processor, folder)
     return folder
 
 
