@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tests.reference import next_token_by_hand
 
 from cascadevl.losses import logprobs as module
-from cascadevl.losses.logprobs import sample_sums, token_logprobs
+from cascadevl.losses.logprobs import sample_sums, token_entropies, token_logprobs
 
 
 def test_equal_those_by_hand() -> None:
@@ -82,3 +84,20 @@ def test_sums_of_samples_whatever_their_order() -> None:
     sums = sample_sums(values, samples, 5)
     assert sums.tolist() == [18.0, 0.0, 5.0, 8.0, 0.0]
     assert torch.autograd.gradcheck(lambda x: sample_sums(x, samples, 5), values)
+
+
+def test_entropies_equal_those_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", {"cpu": 22})  # two rows at a time
+    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(3)) * 4
+    wanted = []
+    for row in logits.tolist():
+        logs = [next_token_by_hand.logprob(row, token) for token in range(len(row))]
+        wanted.append(-sum(math.exp(log) * log for log in logs))
+    torch.testing.assert_close(token_entropies(logits), torch.tensor(wanted))
+
+
+def test_entropies_of_the_extremes() -> None:
+    logits = torch.zeros(2, 8)
+    logits[1, 1:] = -torch.inf  # only one token can come
+    assert token_entropies(logits).tolist() == pytest.approx([math.log(8), 0.0])
+    assert token_entropies(logits.bfloat16()).dtype == torch.float32

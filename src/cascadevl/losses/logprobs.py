@@ -55,6 +55,22 @@ def sample_sums(
     return values.new_zeros(num_samples).index_add(0, samples, values)
 
 
+@torch.no_grad()
+def token_entropies(logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
+    """Entropy of each distribution in nats, in at least float32; without a gradient.
+
+    Args:
+        logits: Scores of the whole vocabulary.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    entropies = logits.new_empty(len(logits), dtype=dtype)
+    for rows in _blocks(logits):
+        logs = logits[rows].to(dtype).log_softmax(-1)
+        # a token that cannot come adds 0, not 0 * -inf
+        entropies[rows] = -(logs.exp() * logs.clamp(min=torch.finfo(dtype).min)).sum(-1)
+    return entropies
+
+
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Rows that are widened together."""
     rows = max(1, BLOCK.get(logits.device.type, DEVICE_BLOCK) // max(logits.shape[1], 1))
