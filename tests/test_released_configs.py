@@ -21,7 +21,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TRIALS = ("nano", "micro")
 """Presets that are ours: nobody published values for them."""
 
-SOURCE = re.compile(r"# (not published|scripts?|stages? [0-3]|(the )?report|released code|ours)\b")
+SOURCE = re.compile(
+    r"# (not published|scripts?|stages? [0-3]|(the )?report|released code|GSPO paper|ours)\b"
+)
 """How the comment that says where a value is from begins."""
 
 # Released scripts, all stages: AdamW(.9, .999), eps 1e-8, decay .05, warm-up .03, cosine, clip 1.

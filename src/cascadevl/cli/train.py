@@ -1,4 +1,4 @@
-"""``cascadevl train {pretrain,posthoc,sft,mpo}``: a training run from a YAML file and overrides."""
+"""``cascadevl train STAGE``: a training run from a YAML file and overrides."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ STAGES = {
     "posthoc": "the route that native pre-training replaces: the projector alone, then everything",
     "sft": "supervised fine-tuning: only answers are learned",
     "mpo": "mixed preference optimisation: which of two answers is better",
+    "gspo": "reinforcement learning: answers better than others to the same question",
 }
-_OWN_OPTIONS = ("--help", "--model", "--data", "--out", "--resume", "--print_config", "--dry-run")
+_OWN_OPTIONS = (
+    *("--help", "--model", "--data", "--questions", "--out", "--resume"),
+    *("--print_config", "--dry-run"),
+)
 _LORA = "--lora"  # this word alone; --lora=null and --lora.rank are overrides
 _EPILOG = (
     "Any key of the configuration can be given as --key.sub value, for example --optim.lr 5e-6, "
@@ -105,6 +109,12 @@ def _add_options(parser: argparse.ArgumentParser, stage: str) -> None:
         action="append",
         help="meta file that lists data sets (data.meta); may be given several times",
     )
+    if stage == "gspo":
+        parser.add_argument(
+            "--questions",
+            metavar="FILE.jsonl",
+            help="file of questions and answers (problems.file)",
+        )
     parser.add_argument("--out", metavar="DIR", help="run folder (run.out)")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the run folder's last checkpoint"
@@ -122,7 +132,7 @@ def _add_options(parser: argparse.ArgumentParser, stage: str) -> None:
         action="store_true",
         help=f"print the first {NUM_SAMPLES} samples as the model will see them and stop",
     )
-    parser.set_defaults(run=run, stage=stage)
+    parser.set_defaults(run=run, stage=stage, questions=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -142,10 +152,15 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     """The run's configuration: files, then the short options, then the overrides."""
     from cascadevl.config import load_config
     from cascadevl.train.config import TrainConfig
+    from cascadevl.train.gspo_config import GSPOConfig
     from cascadevl.train.mpo import MPOConfig
     from cascadevl.train.posthoc import PosthocConfig
 
-    own: dict[str, type[TrainConfig]] = {"posthoc": PosthocConfig, "mpo": MPOConfig}
+    own: dict[str, type[TrainConfig]] = {
+        "posthoc": PosthocConfig,
+        "mpo": MPOConfig,
+        "gspo": GSPOConfig,
+    }
     kind = own.get(args.stage, TrainConfig)
     short = []
     if args.model is not None:
@@ -153,6 +168,8 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
         short += [f"model.path={args.model}", "model.preset=null"]
     if args.data:
         short.append(f"data.meta={list(args.data)}")
+    if args.questions is not None:
+        short.append(f"problems.file={args.questions}")
     if args.out is not None:
         short.append(f"run.out={args.out}")
     if args.resume:
@@ -163,6 +180,8 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def _train(stage: str, config: TrainConfig) -> int:
+    from cascadevl.train.gspo import gspo
+    from cascadevl.train.gspo_config import GSPOConfig
     from cascadevl.train.mpo import MPOConfig, mpo
     from cascadevl.train.posthoc import PosthocConfig, posthoc
     from cascadevl.train.pretrain import pretrain
@@ -172,6 +191,8 @@ def _train(stage: str, config: TrainConfig) -> int:
         result = posthoc(config)
     elif isinstance(config, MPOConfig):
         result = mpo(config)
+    elif isinstance(config, GSPOConfig):
+        result = gspo(config)
     else:
         result = {"pretrain": pretrain, "sft": sft}[stage](config)
     for (dataset, kind), count in sorted(result.skipped.items()):

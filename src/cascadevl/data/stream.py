@@ -333,8 +333,11 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     the slower ranks had not reached, are drawn first.
 
     Args:
-        states: The state of every rank, taken after the same step.
+        states: The state of every rank, taken after the same step. States that do not depend on
+            the number of ranks (their ``world_size`` is None) are all alike: the first one is it.
     """
+    if states[0]["world_size"] is None:
+        return states[0]
     num_ranks = len(states)
     top = max(state["cursor"] for state in states)
     waiting = [

@@ -103,8 +103,12 @@ def task_of(spec: DatasetSpec) -> Task:
         raise ConfigError(f"data set {spec.name!r}: task.settings: {error}") from error
 
 
-def task_named(text: str) -> Task:
+def task_named(text: str, *, px: int | None = None) -> Task:
     """The task that a word names: ``handwriting``, or ``handwriting:add`` for a difficulty.
+
+    Args:
+        text: The word.
+        px: Side of its pictures; None for the task's own.
 
     Raises:
         ConfigError: If there is no such task or difficulty.
@@ -112,8 +116,11 @@ def task_named(text: str) -> Task:
     name, _, difficulty = text.partition(":")
     if name not in TASKS:
         raise ConfigError(f"there is no task {name!r}; choose from {', '.join(sorted(TASKS))}")
+    settings: dict[str, Any] = {} if px is None else {"px": px}
+    if difficulty:
+        settings["difficulty"] = difficulty
     try:
-        return TASKS[name](**({"difficulty": difficulty} if difficulty else {}))
+        return TASKS[name](**settings)
     except TypeError as error:
         raise ConfigError(f"the task {name!r} has no difficulties; name it alone") from error
 

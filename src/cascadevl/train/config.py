@@ -31,6 +31,7 @@ FREE_KEYS = (
     "run.compile",
     "data.prefetch",
     "lora.merge",
+    "rollout.store",
 )
 """Keys in which a resumed run may differ: they do not change what is learned from what."""
 

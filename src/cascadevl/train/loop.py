@@ -281,11 +281,11 @@ def train(
             if is_last or state.step == 1 or state.step % config.log_interval == 0:
                 state.metrics["lr"] = state.optimiser.config.lr * factor
                 log.write(state.step, {**state.metrics, **meter.read(state.counters)})
-            if on_step and (is_last or _due(state.step, config.eval_interval)):
-                _evaluate(state, on_step)
+            if on_step and (is_last or due(state.step, config.eval_interval)):
+                evaluate(state, on_step)
                 meter.restart(state.counters)
             stopping = total(state.accelerator, [float(stop.is_set())])[0] > 0
-            if save and (is_last or stopping or _due(state.step, config.checkpoint_interval)):
+            if save and (is_last or stopping or due(state.step, config.checkpoint_interval)):
                 save(state)
             if stopping and not is_last:
                 log.message(
@@ -337,7 +337,8 @@ class _Meter:
         return {**rates, **{name: float(count) for name, count in counters.items()}}
 
 
-def _due(step: int, interval: int) -> bool:
+def due(step: int, interval: int) -> bool:
+    """Whether something that comes every so many steps comes after this one; never for 0."""
     return interval > 0 and step % interval == 0
 
 
@@ -355,7 +356,7 @@ def _collect(state: TrainState[BatchT], count: int) -> list[BatchT]:
     return batches
 
 
-def _evaluate(state: TrainState[BatchT], on_step: Callable[[TrainState[BatchT]], None]) -> None:
+def evaluate(state: TrainState[BatchT], on_step: Callable[[TrainState[BatchT]], None]) -> None:
     """Call the evaluation so that the run goes on as if it had not happened."""
     devices = [state.accelerator.device] if state.accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices):

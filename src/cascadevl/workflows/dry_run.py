@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from cascadevl.data.example import Span, describe
@@ -14,7 +14,9 @@ from cascadevl.model.loading import find
 from cascadevl.model.repository_files import load_processor
 from cascadevl.sequence import expand
 from cascadevl.train.config import TrainConfig
+from cascadevl.train.gspo_config import GSPOConfig
 from cascadevl.train.mixing import mixed
+from cascadevl.train.questions import Asker, QuestionStream, problems_of
 from cascadevl.train.run import from_scratch
 from cascadevl.train.sources import example_builder, sources_of_meta
 from cascadevl.types import Example
@@ -68,6 +70,8 @@ class SeenSample:
 def first_samples(config: TrainConfig, count: int) -> Iterator[SeenSample | DataError]:
     """The first samples that a run draws; a record that cannot be used gives its error instead.
 
+    Of a run of reinforcement learning, the first questions it asks; others are left out.
+
     Args:
         config: The run.
         count: Usable samples wanted.
@@ -77,6 +81,13 @@ def first_samples(config: TrainConfig, count: int) -> Iterator[SeenSample | Data
     """
     processor = _processor(config)
     builder = example_builder(config.data, processor, config.run.seed)
+    if isinstance(config, GSPOConfig):
+        asker, problems = Asker(builder, config), problems_of(config.problems)
+        questions = QuestionStream(problems, asker, num_prompts=1, seed=config.run.seed)
+        for (asked,) in islice(questions, count):
+            steps = (1.0,) * len(asked.prompt.tiles_per_image)  # the engine may choose others
+            yield _seen(replace(asked.prompt, increments=steps), "questions", processor)
+        return
     sources = mixed(sources_of_meta(config.data.meta), builder, config)
     mixture = Mixture(sources, config.run.seed)
     found = 0
