@@ -1,4 +1,4 @@
-"""TRL seen from bench_sft.py and bench_mpo.py: its process, its settings, and their search."""
+"""TRL seen from bench_sft.py, bench_mpo.py and bench_gspo.py: its process and settings."""
 
 from __future__ import annotations
 
