@@ -20,7 +20,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from cascadevl.data.tokenizer import SPECIAL_TOKENS, build_tokenizer
+from cascadevl.data.tokenizer import SPECIAL_TOKENS, build_letter_tokenizer, build_tokenizer
 from cascadevl.engine.constrained import Grammar, Grammars
 from cascadevl.engine.sampler import sample
 from cascadevl.engine.sampling import SamplingParams, SamplingTable
@@ -34,6 +34,11 @@ END, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 
 def of_our_own(folder: Path) -> PreTrainedTokenizerBase:
     return build_tokenizer(TEXTS, 420)
+
+
+def of_letters(folder: Path) -> PreTrainedTokenizerBase:
+    """Whole words and letters, as micro's: no merges."""
+    return build_letter_tokenizer(TEXTS, 420)
 
 
 def of_qwen(folder: Path) -> PreTrainedTokenizerBase:
@@ -71,6 +76,9 @@ def of_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
     return of_internlm(folder, add_dummy_prefix=True)
 
 
+OF_ALL_KINDS = (of_our_own, of_letters, of_qwen, of_internlm, of_sentencepiece)
+
+
 class Setting:
     """A tokenizer with its grammars."""
 
@@ -83,7 +91,7 @@ class Setting:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-@pytest.fixture(scope="module", params=[of_our_own, of_qwen, of_internlm, of_sentencepiece])
+@pytest.fixture(scope="module", params=OF_ALL_KINDS)
 def setting(request, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(request.param(tmp_path_factory.mktemp("tokenizer")))
 
