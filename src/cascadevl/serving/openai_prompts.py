@@ -22,6 +22,7 @@ from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import DataError, RequestError
 from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.sequence import INCREMENTS
+from cascadevl.serving.answer_parts import CALL_END
 from cascadevl.serving.openai_schema import (
     Asking,
     AssistantMessage,
@@ -104,9 +105,13 @@ class Asker:
         if max_tokens is None:
             max_tokens = self._room(example, body.increment)
         num_top = (body.top_logprobs or 0) if body.logprobs else None
+        calls = bool(body.tools) and body.tool_choice in (None, "auto") and schema is None
+        # Where only one call is wanted, the answer ends with the first.
+        ends = (CALL_END,) if calls and body.parallel_tool_calls is False else ()
+        sampling = _sampling(body, max_tokens, logprobs=num_top, json_schema=schema, ends=ends)
         request = Request(
             prompt=example,
-            sampling=_sampling(body, max_tokens, logprobs=num_top, json_schema=schema),
+            sampling=sampling,
             num_samples=body.n or 1,
             increments=body.increment,
             stream=bool(body.stream),
@@ -115,7 +120,7 @@ class Asker:
         return Asked(
             request=request,
             begins_thinking=bool(body.thinking),
-            calls=bool(body.tools) and body.tool_choice in (None, "auto") and schema is None,
+            calls=calls,
             is_call=is_call,
         )
 
@@ -196,7 +201,12 @@ class Asker:
 
 
 def _sampling(
-    body: Asking, max_tokens: int, *, logprobs: int | None, json_schema: str | None = None
+    body: Asking,
+    max_tokens: int,
+    *,
+    logprobs: int | None,
+    json_schema: str | None = None,
+    ends: tuple[str, ...] = (),
 ) -> SamplingParams:
     """Wishes with OpenAI's defaults: temperature 1, and another seed each time."""
     seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
@@ -210,7 +220,7 @@ def _sampling(
         seed=seed,
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
-        stop=tuple(stop),
+        stop=(*stop, *ends),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,

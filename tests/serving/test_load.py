@@ -1,0 +1,95 @@
+"""Many clients at once, some of whom leave: nobody gets another's answer, and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI
+from tests.engine.small_talk import picture
+from tests.serving.small_server import NAME, Served, answering, shown, small_pair
+
+from cascadevl.data.chat import to_messages
+from cascadevl.engine.engine import Engine
+from cascadevl.engine.requests import EngineConfig, Request
+from cascadevl.engine.sampling import SamplingParams
+from cascadevl.serving.coupled import Coupled
+
+NUM_KINDS, NUM_CLIENTS = 12, 40
+
+
+def conversation(kind: int) -> list[dict[str, Any]]:
+    text = {"type": "text", "text": "one two three four"[: 5 + kind]}
+    parts = [shown(picture(kind, (30 + 5 * kind, 40)))] * (kind % 3)
+    return [{"role": "user", "content": [*parts, text]}]
+
+
+async def ask(client: AsyncOpenAI, kind: int, leaves: bool) -> str | None:
+    stream = await client.chat.completions.create(
+        model=NAME,
+        messages=conversation(kind),
+        temperature=1.0,
+        seed=kind,
+        max_tokens=300 if leaves else 8 + kind,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    text, num_ends = "", 0
+    async for event in stream:
+        text += event.choices[0].delta.content or ""
+        num_ends += event.choices[0].finish_reason is not None
+        if leaves and text:
+            await stream.close()
+            return None
+    assert num_ends == 1
+    return text
+
+
+async def load(served: Served, num_requests: int) -> list[tuple[int, str | None]]:
+    rng = random.Random(0)
+    todo = [(rng.randrange(NUM_KINDS), rng.random() < 0.2) for _ in range(num_requests)]
+    found: list[tuple[int, str | None]] = []
+    async with AsyncOpenAI(
+        base_url=f"{served.address}/v1", api_key="none", max_retries=0, timeout=280
+    ) as client:
+
+        async def work() -> None:
+            while todo:
+                kind, leaves = todo.pop()
+                found.append((kind, await ask(client, kind, leaves)))
+
+        await asyncio.gather(*(work() for _ in range(NUM_CLIENTS)))
+        for _ in range(500):
+            stats = served.api.answers.stats()
+            if served.api.num_open == stats.running == stats.waiting == 0:
+                break
+            await asyncio.sleep(0.05)
+    return found
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("num_requests", [80, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_clients(num_requests: int):
+    model, processor = small_pair()
+    config = EngineConfig(num_pages=300, page_tokens=4, batch_invariant=True)
+    wishes = [
+        Request(
+            prompt=processor.prompt(to_messages(conversation(kind))),
+            sampling=SamplingParams(
+                max_tokens=8 + kind, ignore_eos=True, temperature=1.0, seed=kind
+            ),
+        )
+        for kind in range(NUM_KINDS)
+    ]
+    expected = [answer.text for (answer,) in Engine(model, processor, config).generate(wishes)]
+    engine = Engine(model, processor, config)
+    with answering(Coupled(engine), processor, model) as served:
+        found = asyncio.run(load(served, num_requests))
+        stats = served.api.answers.stats()
+        assert (served.api.num_open, stats.running, stats.waiting) == (0, 0, 0)
+    engine.check()
+    assert len(found) == num_requests
+    assert all(text in (None, expected[kind]) for kind, text in found)
+    assert sum(text is None for _, text in found) > num_requests / 10
