@@ -22,7 +22,18 @@ def shell(*words: str) -> subprocess.CompletedProcess[str]:
 def test_the_installed_command_lists_every_command():
     done = shell("--help")
     assert done.returncode == 0
-    for command in ("chat", "show", "train", "data", "convert", "zoo", "demo", "nano", "micro"):
+    for command in (
+        "chat",
+        "show",
+        "train",
+        "cascade",
+        "data",
+        "convert",
+        "zoo",
+        "demo",
+        "nano",
+        "micro",
+    ):
         assert f"\n    {command} " in done.stdout
 
 

@@ -14,7 +14,8 @@ from cascadevl.data.records import JsonlSource
 from cascadevl.data.source import Source
 from cascadevl.errors import ConfigError
 from cascadevl.tasks.base import TaskSource, to_record
-from cascadevl.tasks.naming import held_out, open_entry, task_of, weighted
+from cascadevl.tasks.charts import Charts
+from cascadevl.tasks.naming import held_out, open_entry, task_named, task_of, weighted
 from cascadevl.tasks.needle import Needle
 from cascadevl.tasks.shapes import Shapes
 
@@ -85,3 +86,17 @@ def test_the_held_out_part_is_the_tasks_test_part() -> None:
 def test_wrong_names_are_answered_with_the_nearest(entry: DatasetSpec, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_entry(entry)
+
+
+def test_a_word_names_a_task_its_difficulty_and_the_side_of_its_pictures():
+    assert task_named("charts") == Charts()
+    assert task_named("charts:easy", px=112) == Charts(difficulty="easy", px=112)
+    assert task_named("charts:easy@224", px=112) == Charts(difficulty="easy", px=224)
+    for word, complaint in (
+        ("chart", "there is no task 'chart'; choose from"),
+        ("charts@big", "the side of the pictures of 'charts' is 'big'; write charts@224"),
+        ("charts:odd", "odd"),
+        ("needle:easy", "has no difficulties"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            task_named(word)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from cascadevl.cli import (
+    cascade,
     chat,
     convert,
     data,
@@ -44,6 +45,7 @@ COMMANDS = (
     serve,
     show,
     train,
+    cascade,
     data,
     mixture_search,
     merge,

@@ -107,15 +107,19 @@ def task_named(text: str, *, px: int | None = None) -> Task:
     """The task that a word names: ``handwriting``, or ``handwriting:add`` for a difficulty.
 
     Args:
-        text: The word.
-        px: Side of its pictures; None for the task's own.
+        text: The word; ``charts:easy@224`` also says the side of the pictures.
+        px: Side of the pictures where the word does not say it; None for the task's own.
 
     Raises:
-        ConfigError: If there is no such task or difficulty.
+        ConfigError: If there is no such task or difficulty, or the side is no number.
     """
+    text, at, side = text.partition("@")
     name, _, difficulty = text.partition(":")
     if name not in TASKS:
         raise ConfigError(f"there is no task {name!r}; choose from {', '.join(sorted(TASKS))}")
+    if at and not side.isdecimal():
+        raise ConfigError(f"the side of the pictures of {name!r} is {side!r}; write {name}@224")
+    px = int(side) if at else px
     settings: dict[str, Any] = {} if px is None else {"px": px}
     if difficulty:
         settings["difficulty"] = difficulty

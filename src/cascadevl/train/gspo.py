@@ -24,6 +24,7 @@ from torch import nn
 
 from cascadevl.data.stream import CollateConfig
 from cascadevl.engine.packed_weights import pack
+from cascadevl.engine.requests import EngineStats
 from cascadevl.errors import ConfigError
 from cascadevl.losses.gspo import grpo_loss, gspo_loss
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
@@ -60,6 +61,9 @@ from cascadevl.train.sources import collate_config, example_builder
 
 LOSSES = {"sequence": gspo_loss, "token": grpo_loss}
 """The losses by the level at which a ratio is taken."""
+
+WORK = ("rollout_tokens", "rollout_tiles")
+"""What the engine computed for answers, counted beside what the updates went through."""
 
 PARTS = ("rollout", "scoring", "old_logprobs", "update", "refresh")
 """What the time of a rollout batch is spent on."""
@@ -193,6 +197,7 @@ class Cycle:
         config, state = self.config, self.state
         seconds, begun_s = dict.fromkeys(PARTS, 0.0), time.perf_counter()
         is_alone = state.accelerator.num_processes == 1  # several must stop in the same place
+        before = self.sampler.stats()
         with _timed(seconds, "rollout"):
             self.model.train(False)
             drawn = self.sampler.draw(
@@ -220,7 +225,8 @@ class Cycle:
             groups = compared(asked, rollouts, drawn, config.policy, config.rewards)
         with _timed(seconds, "old_logprobs"):
             minibatches, sums = self._score(groups)
-        return RolloutBatch(groups, minibatches, sums_of(groups) | sums, seconds, begun_s)
+        sums |= sums_of(groups) | _work(before, self.sampler.stats())
+        return RolloutBatch(groups, minibatches, sums, seconds, begun_s)
 
     def learn(
         self,
@@ -292,6 +298,8 @@ class Cycle:
         elapsed_s = time.perf_counter() - batch.begun_s
         totals = total(self.state.accelerator, list(batch.sums.values()))
         sums = dict(zip(batch.sums, totals, strict=True))
+        for name in WORK:
+            self.state.counters[name] = self.state.counters.get(name, 0) + int(sums.pop(name))
         answers, tokens = sums.pop("answers"), sums.pop("tokens")
         means = {
             name: value / max(tokens if name in TOKEN_SUMS else answers, 1.0)
@@ -334,6 +342,15 @@ def policy_objective(config: GSPOConfig, num_answers: int) -> Objective[AnswerBa
         return Terms(terms.loss, metrics)
 
     return Objective(weigh=lambda batch: float(len(batch.advantages)), loss=loss)
+
+
+def _work(before: EngineStats, after: EngineStats) -> dict[str, float]:
+    """Tokens and tiles that the engine has computed."""
+    tokens = after.prompt_tokens + after.decoded_tokens
+    return {
+        "rollout_tokens": float(tokens - before.prompt_tokens - before.decoded_tokens),
+        "rollout_tiles": float(after.encoded_tiles - before.encoded_tiles),
+    }
 
 
 @contextmanager

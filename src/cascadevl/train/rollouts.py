@@ -21,7 +21,7 @@ from cascadevl.data.rollouts import RolloutStore, open_store
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.engine_backend import EngineBackend
 from cascadevl.engine.packed_weights import PackedModel
-from cascadevl.engine.requests import Completion, Request
+from cascadevl.engine.requests import Completion, EngineStats, Request
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import RequestError, TrainingError
 from cascadevl.losses.gspo import group_advantages
@@ -82,6 +82,10 @@ class Sampler:
         self._model, self._packed, self._config = model, packed, config
         self.stop_token_id = processor.builder.stop_token_ids[0]
         self._backend = EngineBackend(engine=Engine(packed or model, processor, config.engine))
+
+    def stats(self) -> EngineStats:
+        """What the engine has done since it was made."""
+        return self._backend.engine.stats()
 
     def refresh(self) -> None:
         """Answer with the weights as they are now, in place; adapters are merged into a copy."""

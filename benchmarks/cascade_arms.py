@@ -1,0 +1,177 @@
+"""Does the cascade beat either kind of reinforcement alone? The InternVL3.5 report's Table 16.
+
+From one fine-tuned model: MPO alone, GSPO alone, GSPO for twice as long, and MPO followed by GSPO
+(the cascade). All learn from the same questions; the answers that the fine-tuned model gave to them
+are sampled once a seed, make MPO's pairs and choose GSPO's questions, and count for every arm that
+uses them. Held-out questions are asked after every stage. Operations are counted by formula
+(`cascadevl.workflows.cascade_stages.Done`), time as it passed.
+
+Scores do not depend on the machine. What is done is not done again.
+Run: ``python benchmarks/cascade_arms.py configs/cascade_micro.yaml --out runs/arms``. The last line
+is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from experiment import kept, markdown, pooled, quiet, written
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from cascadevl.config import load_config
+from cascadevl.host_memory import keep_freed_memory
+from cascadevl.workflows.cascade import COURSE, cascade
+from cascadevl.workflows.cascade_config import CascadeConfig, StageName
+
+SAMPLED: tuple[StageName, ...] = ("rollouts",)
+ARMS: dict[str, tuple[StageName, ...]] = {
+    "MPO": ("rollouts", "pairs", "mpo"),
+    "GSPO": ("rollouts", "filter", "gspo"),
+    "GSPO, twice as long": ("rollouts", "filter", "gspo"),
+    "cascade": ("rollouts", "pairs", "mpo", "filter", "gspo"),
+}
+TWICE = "GSPO, twice as long"
+START = "start"
+
+
+def main() -> None:
+    """Run what is missing, and write table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path, help="configuration of the cascade")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--out", type=Path, default=Path("runs/arms"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    base = load_config(CascadeConfig, files=[args.config], overrides=args.overrides)
+    results = []
+    for seed in args.seeds:
+        sampled = seeded(base, seed, SAMPLED, args.out / f"{seed}" / "sampled")
+        kept(args.out / f"sampled-{seed}.json", lambda sampled=sampled: run(sampled))
+        for arm in ARMS:
+            config = arm_config(base, arm, seed, args.out)
+            share(sampled.out, config.out)
+            name = f"{list(ARMS).index(arm)}-{seed}.json"
+            result = kept(args.out / name, lambda config=config: run(config))
+            results.append({"arm": arm, "seed": seed, **result})
+    summary = summarise(results)
+    (args.out / "arms.md").write_text(table(summary), "utf-8")
+    draw(summary, args.out / "arms.png")
+    print(table(summary))
+    print(json.dumps(summary))
+
+
+def seeded(
+    base: CascadeConfig, seed: int, stages: tuple[StageName, ...], out: Path
+) -> CascadeConfig:
+    """The cascade with some of its stages, everything drawn by this seed."""
+    mpo, gspo = base.mpo, base.gspo
+    return replace(
+        base,
+        stages=stages,
+        out=out,
+        rollouts=replace(base.rollouts, seed=seed),
+        pairs=replace(base.pairs, seed=seed),
+        mpo=replace(mpo, run=replace(mpo.run, seed=seed)),
+        gspo=replace(gspo, run=replace(gspo.run, seed=seed)),
+        exam=replace(base.exam, seed=base.exam.seed + seed),
+    )
+
+
+def arm_config(base: CascadeConfig, arm: str, seed: int, out: Path) -> CascadeConfig:
+    """The cascade of one arm."""
+    config = seeded(base, seed, ARMS[arm], out / f"{seed}" / f"{list(ARMS).index(arm)}")
+    if arm != TWICE:
+        return config
+    run = config.gspo.run
+    longer = replace(config.gspo, run=replace(run, num_steps=2 * run.num_steps))
+    return replace(config, gspo=longer)
+
+
+def share(sampled: Path, out: Path) -> None:
+    """Give an arm what was sampled once, with the time it took."""
+    if not (out / COURSE).exists():
+        shutil.copytree(sampled, out, dirs_exist_ok=True)
+
+
+def run(config: CascadeConfig) -> dict[str, Any]:
+    """Go through a cascade."""
+    return {"lines": [asdict(line) for line in cascade(config, console=quiet()).lines]}
+
+
+def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the start and of every arm: scores over all seeds, time and operations of a seed."""
+    found: dict[str, list[list[Mapping[str, Any]]]] = {}
+    for result in results:
+        lines = result["lines"]
+        if result["arm"] == next(iter(ARMS)):
+            found.setdefault(START, []).append(lines[:1])
+        found.setdefault(result["arm"], []).append(lines)
+    summary = {}
+    for arm, runs in found.items():
+        exams = [[line["exam"] for line in lines if line["exam"]][-1] for lines in runs]
+        names = [row["name"] for row in exams[0]]
+        answers = [[_answers(row) for row in exam] for exam in exams]
+        summary[arm] = {
+            "all": pooled([[right for row in rows for right in row] for rows in answers]),
+            "rows": {
+                name: pooled([rows[number] for rows in answers])
+                for number, name in enumerate(names)
+            },
+            "constant": {row["name"]: 100 * row["constant"] for row in exams[0]},
+            "seconds": [sum(line["seconds"] for line in lines) for lines in runs],
+            "flops": [sum(line["flops"] for line in lines) for lines in runs],
+        }
+    return summary
+
+
+def _answers(row: Mapping[str, Any]) -> list[bool]:
+    num_right = round(row["share"] * row["num"])
+    return [True] * num_right + [False] * (row["num"] - num_right)
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The arms as a Markdown table."""
+    names = list(summary[START]["rows"])
+    header = ["", "all", "each seed", *names, "minutes", "TFLOP"]
+    rows = []
+    for arm, found in summary.items():
+        seeds = ", ".join(f"{value:.1f}" for value in found["all"]["seeds"])
+        minutes = sum(found["seconds"]) / len(found["seconds"]) / 60
+        flops = sum(found["flops"]) / len(found["flops"]) / 1e12
+        scores = [written(found["rows"][name]) for name in names]
+        rows.append([arm, written(found["all"]), seeds, *scores, f"{minutes:.1f}", f"{flops:.3f}"])
+    constants = [f"{summary[START]['constant'][name]:.1f}" for name in names]
+    rows.append(["most frequent answer", "", "", *constants, "", ""])
+    return markdown(header, rows)
+
+
+def draw(summary: Mapping[str, Any], path: Path) -> None:
+    """Score against operations, an arm a point with its interval."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for arm, found in summary.items():
+        score = found["all"]
+        flops = sum(found["flops"]) / len(found["flops"]) / 1e12
+        interval = [[score["percent"] - score["low"]], [score["high"] - score["percent"]]]
+        axes.errorbar([flops], [score["percent"]], yerr=interval, fmt="o", capsize=4, label=arm)
+        axes.annotate(arm, (flops, score["percent"]), xytext=(6, 4), textcoords="offset points")
+    axes.set_xlabel("operations after fine-tuning, TFLOP")
+    axes.set_ylabel("percent right, 95 % interval")
+    axes.margins(0.18)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

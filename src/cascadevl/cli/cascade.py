@@ -1,0 +1,53 @@
+"""``cascadevl cascade``: pre-training to online RL, each stage on the model of the last."""
+
+from __future__ import annotations
+
+import argparse
+
+from cascadevl.cli.arguments import Subparsers
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Describe the command."""
+    parser = subparsers.add_parser(
+        "cascade",
+        help="train a model through all stages, from pre-training to GSPO",
+        description="Go through the stages of the InternVL3.5 report: pretrain, sft, rollouts, "
+        "pairs, mpo, filter, gspo, or those that the configuration names. A stage that is done is "
+        "skipped, and one that was interrupted goes on, so the same command always finishes the "
+        "work. Leaves summary.md and summary.json with score, time and operations of each stage. "
+        "The last line of output is one JSON document.",
+        usage="cascadevl cascade CONFIG.yaml [...] [key=value ...] [--print_config]",
+    )
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="CONFIG.yaml | key=value",
+        help="configuration files, and keys that override them, such as model=runs/sft/model, "
+        "stages='[rollouts,pairs,mpo]', gspo.run.num_steps=80 or out=runs/cascade",
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the whole configuration and stop"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Go through the stages and print the summary."""
+    import json
+
+    from cascadevl.config import dump_config, load_config
+    from cascadevl.workflows.cascade import cascade
+    from cascadevl.workflows.cascade_config import CascadeConfig
+
+    files = [word for word in args.words if "=" not in word]
+    overrides = [word for word in args.words if "=" in word]
+    config = load_config(CascadeConfig, files=files, overrides=overrides)
+    if args.print_config:
+        print(dump_config(config), end="")
+        return 0
+    summary = cascade(config)
+    print(summary.table.read_text("utf-8"))
+    scores = {line.stage: line.score for line in summary.lines if line.score is not None}
+    print(json.dumps({"model": summary.model, "scores": scores, "table": str(summary.table)}))
+    return 0

@@ -1,0 +1,200 @@
+"""Cascade RL from end to end: one command, one configuration, and every stage only once.
+
+InternVL3.5 report: offline reinforcement (MPO) brings a fine-tuned model quickly to where its
+answers are worth learning from; online reinforcement (GSPO) takes it from there. What the
+fine-tuned model answered to the questions once serves both: as pairs, and to choose questions.
+
+Each stage has a folder. It is done when ``done.json`` stands in it, which says what it was made
+from; a stage that is done is not done again, and one that was interrupted in any way goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cascadevl.data.journal import alone
+from cascadevl.errors import ConfigError
+from cascadevl.eval.responder import ModelResponder
+from cascadevl.eval.runner import run_suite
+from cascadevl.eval.suite import SuiteRow
+from cascadevl.model.loading import load
+from cascadevl.tasks.naming import task_named
+from cascadevl.train.config import FREE_KEYS
+from cascadevl.workflows.cascade_config import CascadeConfig, ExamSection, StageName
+from cascadevl.workflows.cascade_report import (
+    CascadeSummary,
+    ExamRow,
+    StageLine,
+    terminal_table,
+    write_summary,
+)
+from cascadevl.workflows.cascade_stages import Done, Place, run_stage
+from cascadevl.workflows.course import Course
+
+DONE, EXAM, COURSE = "done.json", "exam.json", "course.json"
+START = "start"
+"""Folder of the examination before the first stage."""
+
+FILES = ("store", "pairs", "questions")
+"""Parts of a place that are paths."""
+
+SECTIONS: dict[StageName, tuple[str, ...]] = {
+    "pretrain": ("pretrain",),
+    "sft": ("sft",),
+    "rollouts": ("rollouts", "problems"),
+    "pairs": ("pairs",),
+    "mpo": ("mpo",),
+    "filter": ("filter",),
+    "gspo": ("gspo", "problems"),
+}
+"""What of the configuration a stage depends on."""
+
+
+def cascade(config: CascadeConfig, *, console: Console | None = None) -> CascadeSummary:
+    """Go through the stages, or on with them.
+
+    Args:
+        config: The cascade.
+        console: Where progress is shown; standard error if None.
+
+    Raises:
+        ConfigError: If a stage was done with other settings, or another process is at work here.
+        CascadeVLError: Whatever a stage refuses; those before it are kept.
+        TrainingError: If it was asked to stop; the same call goes on.
+    """
+    console = console or Console(stderr=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with alone(config.out / COURSE):
+        course = Course(config.out / COURSE)
+        place, lines = Place(model=config.model), list[StageLine]()
+        if place.model is not None:
+            exam = _examined(config.exam, place.model, config.out / START, console)
+            lines.append(StageLine(stage=START, seconds=0.0, flops=0.0, facts={}, exam=exam))
+        for stage in config.ordered:
+            done = _finished(config, stage, place)
+            if done is None:
+                console.rule(stage)
+                done = _run(config, stage, place, course, console)
+            changed = done.place.model != place.model
+            place = done.place
+            exam = []
+            if changed and place.model is not None:
+                exam = _examined(config.exam, place.model, config.out / stage, console)
+            lines.append(
+                StageLine(
+                    stage=stage,
+                    seconds=course.seconds.get(stage, 0.0),
+                    flops=done.flops,
+                    facts=done.facts,
+                    exam=exam,
+                )
+            )
+            table = write_summary(lines, config.out)
+        console.print(terminal_table(lines))
+        assert place.model is not None
+        return CascadeSummary(lines=lines, model=place.model, table=table)
+
+
+def _run(
+    config: CascadeConfig, stage: StageName, place: Place, course: Course, console: Console
+) -> Done:
+    """Do a stage and write down that it is done."""
+    course.start(stage)
+    try:
+        done = run_stage(config, stage, place, console)
+    finally:
+        course.stop(stage)
+    values = {
+        "settings": _settings(config, stage, place),
+        "place": _plain(asdict(done.place)),
+        "facts": dict(done.facts),
+        "flops": done.flops,
+    }
+    _write(config.out / stage / DONE, values)
+    return done
+
+
+def _finished(config: CascadeConfig, stage: StageName, place: Place) -> Done | None:
+    """What a stage left, if it is done.
+
+    Raises:
+        ConfigError: If it was done with other settings.
+    """
+    path = config.out / stage / DONE
+    if not path.is_file():
+        return None
+    kept = json.loads(path.read_text("utf-8"))
+    if differing := _differing(kept["settings"], _settings(config, stage, place)):
+        key, before, now = differing
+        raise ConfigError(
+            f"{stage} was done here with {key} = {before!r}, and now it is {now!r}; take another "
+            f"folder with out=DIR, or delete {path.parent} and the folders of later stages"
+        )
+    left = kept["place"]
+    files = {name: None if left[name] is None else Path(left[name]) for name in FILES}
+    return Done(place=Place(model=left["model"], **files), facts=kept["facts"], flops=kept["flops"])
+
+
+def _settings(config: CascadeConfig, stage: StageName, place: Place) -> dict[str, Any]:
+    """What a stage depends on, as flat JSON values: its sections, and what it begins with."""
+    sections = {name: getattr(config, name) for name in SECTIONS[stage]}
+    flat = _flat(_plain({name: asdict(section) for name, section in sections.items()}))
+    free = {f"{stage}.{key}" for key in FREE_KEYS}
+    begins = {f"begins with {key}": value for key, value in _plain(asdict(place)).items()}
+    return {key: value for key, value in flat.items() if key not in free} | begins
+
+
+def _plain(values: Any) -> Any:
+    return json.loads(json.dumps(values, default=str))
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{above}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None
+
+
+def _examined(exam: ExamSection, model: str, folder: Path, console: Console) -> list[ExamRow]:
+    """Scores of a model; those of an earlier attempt, if the questions were the same."""
+    if not exam.tasks:
+        return []
+    path, settings = folder / EXAM, _plain({**asdict(exam), "model": model})
+    if path.is_file():
+        kept = json.loads(path.read_text("utf-8"))
+        if kept["settings"] == settings:
+            return [ExamRow(**row) for row in kept["rows"]]
+    rows = [
+        SuiteRow(name=name, task=task_named(name, px=exam.px), num_questions=exam.questions)
+        for name in exam.tasks
+    ]
+    loaded, processor = load(model)
+    responder = ModelResponder(model=loaded, processor=processor, max_new_tokens=exam.answer_tokens)
+    with console.status(f"asking {exam.questions} questions of each of {len(rows)} kinds"):
+        found = [ExamRow.of(score) for score in run_suite(responder, rows, seed=exam.seed)]
+    _write(path, {"settings": settings, "rows": [asdict(row) for row in found]})
+    line = " · ".join(f"{row.name} {100 * row.share:.1f}" for row in found)
+    console.print(f"% right: {line}", highlight=False)
+    return found
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
