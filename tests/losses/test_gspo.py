@@ -71,10 +71,16 @@ def test_population_and_sample_deviation_on_paper() -> None:
     assert sample[0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5])
 
 
-@pytest.mark.parametrize("value", [0.0, 0.9, 1 / 3])
-def test_equal_rewards_teach_nothing_at_all(value: float) -> None:
-    rewards = torch.full((2, 16), value, dtype=torch.float64)
+@pytest.mark.parametrize(("value", "size"), [(0.0, 16), (0.9, 16), (1 / 3, 16), (0.1, 3)])
+def test_equal_rewards_teach_nothing_at_all(value: float, size: int) -> None:
+    rewards = torch.full((2, size), value, dtype=torch.float64)
     assert group_advantages(rewards).eq(0).all()
+
+
+def test_equal_rewards_are_known_by_comparing_them() -> None:
+    rewards = torch.full((1, 3), 0.1, dtype=torch.float64)
+    assert (rewards - rewards.mean()).abs().max() > 0  # their mean is not quite one of them
+    assert group_advantages(rewards, eps=1e-20).eq(0).all()
 
 
 def test_a_group_of_one_is_refused() -> None:
