@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
@@ -85,6 +86,30 @@ def position_ids(
     return walk.astype(np.float32)
 
 
+def tokens_per_image(
+    tiles_per_image: Sequence[int], tokens_per_tile: int | Sequence[int]
+) -> tuple[int, ...]:
+    """Visual tokens of each image.
+
+    Args:
+        tiles_per_image: Tiles of each image.
+        tokens_per_tile: Visual tokens of every tile, or one number for each.
+
+    Raises:
+        DataError: If there are not as many numbers as tiles.
+    """
+    if isinstance(tokens_per_tile, int):
+        return tuple(number * tokens_per_tile for number in tiles_per_image)
+    if len(tokens_per_tile) != sum(tiles_per_image):
+        raise DataError(
+            f"{len(tokens_per_tile)} numbers of visual tokens for {sum(tiles_per_image)} tiles; "
+            f"each tile needs one",
+            kind="image_count",
+        )
+    tokens = iter(tokens_per_tile)
+    return tuple(sum(islice(tokens, number)) for number in tiles_per_image)
+
+
 def num_positions(example: Example, *, image_token_id: int, tokens_per_tile: int) -> int:
     """Positions that an example takes at most: those of its longest branch.
 
@@ -93,9 +118,10 @@ def num_positions(example: Example, *, image_token_id: int, tokens_per_tile: int
     Args:
         example: The example; where its increments are open, the smallest counts.
         image_token_id: The image-context token.
-        tokens_per_tile: Visual tokens of every tile.
+        tokens_per_tile: Visual tokens of every tile for which the example does not say.
     """
-    tokens = np.multiply(example.tiles_per_image, tokens_per_tile)
+    counts = example.tokens_per_tile or tokens_per_tile
+    tokens = np.asarray(tokens_per_image(example.tiles_per_image, counts), dtype=np.int64)
     increments = example.increments or (INCREMENTS[-1],) * len(tokens)
     steps = np.ones(len(example.input_ids))
     steps[example.input_ids == image_token_id] = np.ceil(np.round(tokens * increments, 6))

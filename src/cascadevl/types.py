@@ -115,6 +115,9 @@ class Example:
         tiles_per_image: Number of tiles of each image, thumbnail included.
         increments: Position step of each image's visual tokens (V2PE); empty in a prompt, where
             the model's configuration decides.
+        tokens_per_tile: Visual tokens of each tile, where a compression was drawn (InternVL3.5
+            report, ViCO); empty where nothing was: in training all tiles are full then, and of a
+            prompt the router decides.
     """
 
     source: str
@@ -126,6 +129,7 @@ class Example:
     tiles: UInt8[np.ndarray, "tiles px px 3"]
     tiles_per_image: tuple[int, ...]
     increments: tuple[float, ...]
+    tokens_per_tile: tuple[int, ...] = ()
 
     @property
     def num_tiles(self) -> int:
@@ -242,17 +246,36 @@ class VisualFeatures:
     """What the vision half knows of some tiles: the one hand-over to the language half.
 
     It holds facts of the image only. What depends on the prompt (the route under a budget, the
-    increment) is decided afterwards, for each prompt.
+    increment) is decided afterwards, for each prompt. Of a plain model these are visual tokens; of
+    one with a router (InternVL3.5-Flash) patch features, of which any route can be made, and
+    what the router thinks of each tile.
 
     Attributes:
-        projected: Visual tokens of every tile in the language model's width, at full resolution.
+        projected: Visual tokens of every tile in the language model's width, equally many each; or
+            None.
+        patches: Patch features of every tile, without the class token; or None.
+        compress: The router's probability that a tile can do with fewer visual tokens; None
+            without a router.
         weight_version: Which weights made them; features of other weights must not be mixed in.
     """
 
-    projected: Float[Tensor, "tiles visual_tokens hidden"]
+    projected: Float[Tensor, "tiles visual_tokens hidden"] | None = None
+    patches: Float[Tensor, "tiles patches channels"] | None = None
+    compress: Float[Tensor, " tiles"] | None = None
     weight_version: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what holds nothing.
+
+        Raises:
+            ValueError: If there are neither visual tokens nor patch features.
+        """
+        if self.projected is None and self.patches is None:
+            raise ValueError("features hold neither visual tokens nor patch features")
 
     @property
     def num_tiles(self) -> int:
         """Number of tiles."""
-        return len(self.projected)
+        held = self.patches if self.projected is None else self.projected
+        assert held is not None, "checked when it was made"
+        return len(held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests.reference import batch_by_hand
 from cascadevl.data.collate import collate, num_tokens
 from cascadevl.errors import DataError
 from cascadevl.losses.next_token import Averaging
-from cascadevl.sequence import INCREMENTS
+from cascadevl.sequence import INCREMENTS, num_positions, tokens_per_image
 from cascadevl.types import NO_PARENT, Batch, Example
 
 IMAGE, PAD, PER_TILE = 99, 0, 3
@@ -267,3 +268,29 @@ def test_tiles_stand_in_the_order_of_their_slots() -> None:
     torch.testing.assert_close(shades, torch.tensor([10.0, 11.0, 12.0, 50.0]))
     # row 0: 3 visual, 1 text, 6 visual (10 wide); row 1: 2 text, 3 visual
     assert batch.visual_index.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9, 12, 13, 14]
+
+
+def test_tiles_of_their_own_numbers_of_tokens_by_literal_tensors() -> None:
+    mixed = replace(
+        example(
+            [(5, False), (IMAGE, True), (6, False), (IMAGE, True), (7, True)],
+            tiles=(2, 1),
+            increments=(0.5, 0.25),
+        ),
+        tokens_per_tile=(1, PER_TILE, 1),
+    )
+    batch = batch_of([mixed, example([(IMAGE, False), (8, True)], tiles=(1,))])
+    assert batch.input_ids.tolist() == [[5, 99, 99, 99, 99, 6, 99, 7, 99, 99, 99, 8]]
+    assert batch.position_ids.tolist() == [[0, 0.5, 1, 1.5, 2, 3, 3.25, 4.25, 0, 1, 2, 3]]
+    assert batch.tokens_per_tile.tolist() == [1, PER_TILE, 1, PER_TILE]
+    assert batch.visual_index.tolist() == [1, 2, 3, 4, 6, 8, 9, 10]
+    assert num_tokens(mixed, PER_TILE) == 8
+    assert num_positions(mixed, image_token_id=IMAGE, tokens_per_tile=PER_TILE) == 3 + 2 + 1
+
+
+def test_numbers_of_tokens_for_other_tiles_are_refused() -> None:
+    wrong = replace(example([(IMAGE, False), (8, True)], tiles=(2,)), tokens_per_tile=(1,))
+    with pytest.raises(DataError, match="2 tiles, 1 increments and 1 numbers of visual tokens"):
+        batch_of([wrong])
+    with pytest.raises(DataError, match="3 numbers of visual tokens for 2 tiles"):
+        tokens_per_image((1, 1), (1, 1, 4))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,10 +16,11 @@ from tests.data.conftest import TEXTS, picture
 from tests.reference import conversation_by_hand
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from cascadevl.data.example import ExampleBuilder, ExampleConfig, Span, describe
+from cascadevl.data.example import ExampleBuilder, ExampleConfig
 from cascadevl.data.image import jpeg_degrade
 from cascadevl.data.parsing import parse_record
 from cascadevl.data.pictures import generator_for
+from cascadevl.data.spans import Span, describe
 from cascadevl.data.tiling import TilingConfig, tile_image
 from cascadevl.data.tokenizer import build_tokenizer
 from cascadevl.errors import ConfigError, DataError
@@ -353,6 +356,42 @@ def test_increments_are_drawn_one_an_image_from_all_of_them(
     ]
     assert set(drawn) == set(INCREMENTS)
     assert len(drawn) == 120
+
+
+def test_a_compression_is_drawn_one_an_image_whatever_the_increments(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tiling = TilingConfig(tile_px=28, max_tiles=3)
+    config = ExampleConfig(tiling=tiling, compress=0.5, share_tiles=False, seed=3)
+    builder = ExampleBuilder(tokenizer, config, 4, compressed_tokens=1)
+    wide = ImageRef(picture(84, 28))
+    shown = record(user(wide, SQUARE, wide), answer("3"))
+    drawn = [builder(shown, epoch=epoch) for epoch in range(60)]
+    kinds = [[each.tokens_per_tile[place] for place in (0, 4, 5)] for each in drawn]
+    for each, kind in zip(drawn, kinds, strict=True):
+        assert each.tiles_per_image == (4, 1, 4)
+        assert each.tokens_per_tile == (kind[0],) * 4 + (kind[1],) + (kind[2],) * 4
+    assert {tuple(kind) for kind in kinds} == set(product((1, 4), repeat=3))
+    assert builder(shown, epoch=7).tokens_per_tile == drawn[7].tokens_per_tile  # in any order
+    random = replace(config, increment="random")
+    other = ExampleBuilder(tokenizer, random, 4, compressed_tokens=1)(shown, epoch=7)
+    assert other.tokens_per_tile == drawn[7].tokens_per_tile
+    assert builder.prompt(MESSAGES[:3]).tokens_per_tile == ()
+    plain = ExampleBuilder(tokenizer, replace(config, compress=0.0), 4, compressed_tokens=1)
+    assert plain(shown).tokens_per_tile == ()
+
+
+def test_a_sample_that_is_compressed_must_fit_uncompressed_too(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    config = ExampleConfig(tiling=TilingConfig(tile_px=28), compress=1.0, max_tokens=60)
+    builder = ExampleBuilder(tokenizer, config, 50, compressed_tokens=1)
+    with pytest.raises(DataError, match="1 tiles of 50"):
+        builder(record(user(SQUARE, "12?"), answer("3")))
+    with pytest.raises(ConfigError, match="no compressed tiles"):
+        ExampleBuilder(tokenizer, config, 50)
+    with pytest.raises(ConfigError, match="a probability"):
+        replace(config, compress=1.5)
 
 
 # Prompts

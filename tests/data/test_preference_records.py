@@ -14,11 +14,12 @@ from tests.data.conftest import picture
 from transformers import PreTrainedTokenizerFast
 
 from cascadevl.data.check import check
-from cascadevl.data.example import ExampleBuilder, ExampleConfig, describe
+from cascadevl.data.example import ExampleBuilder, ExampleConfig
 from cascadevl.data.hub import open_source
 from cascadevl.data.meta import read_meta
 from cascadevl.data.parsing import parse_record
 from cascadevl.data.source import Source
+from cascadevl.data.spans import describe
 from cascadevl.data.tiling import TilingConfig
 from cascadevl.data.writing import preference_fields, problem_fields
 from cascadevl.errors import DataError

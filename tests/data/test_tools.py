@@ -10,8 +10,8 @@ from tests.data.conftest import picture
 from transformers import PreTrainedTokenizerFast
 
 from cascadevl.data.conversation import TEMPLATES
-from cascadevl.data.example import describe
 from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.data.spans import describe
 from cascadevl.data.tiling import TilingConfig
 from cascadevl.errors import DataError, RequestError
 

@@ -14,12 +14,13 @@ from tests.data.some_rollouts import answer, answers, rollout
 from tests.engine.small_backend import checkpoint
 from tests.workflows.some_problems import Killed, Scripted, opened
 
-from cascadevl.data.example import ExampleBuilder, ExampleConfig, describe
+from cascadevl.data.example import ExampleBuilder, ExampleConfig
 from cascadevl.data.hub import open_source
 from cascadevl.data.meta import read_meta
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.rollouts import open_store
 from cascadevl.data.source import Source
+from cascadevl.data.spans import describe
 from cascadevl.engine.engine_backend import EngineBackend
 from cascadevl.engine.requests import Request
 from cascadevl.engine.sampling import SamplingParams

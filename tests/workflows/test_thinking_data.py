@@ -15,9 +15,10 @@ import pytest
 from tests.eval.chat_server import Answered, Body, chat_server, said
 
 from cascadevl.data.conversation import thinking_answer
-from cascadevl.data.example import ExampleBuilder, ExampleConfig, describe
+from cascadevl.data.example import ExampleBuilder, ExampleConfig
 from cascadevl.data.hub import open_source
 from cascadevl.data.meta import read_meta
+from cascadevl.data.spans import describe
 from cascadevl.data.tokenizer import build_tokenizer
 from cascadevl.errors import ConfigError, RequestError
 from cascadevl.eval.responder import Reply

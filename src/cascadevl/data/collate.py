@@ -19,7 +19,7 @@ from torch import Tensor
 from cascadevl.data.tiling import normalise
 from cascadevl.errors import DataError
 from cascadevl.losses.next_token import Averaging, sample_weights
-from cascadevl.sequence import Expanded, expand
+from cascadevl.sequence import Expanded, expand, tokens_per_image
 from cascadevl.types import NO_PARENT, PADDING_SEGMENT, Batch, Example
 
 
@@ -43,7 +43,7 @@ def collate(
         rows: The examples of each row, in order.
         image_token_id: The image-context token.
         pad_token_id: Fills the ends of shorter rows.
-        tokens_per_tile: Visual tokens of every tile.
+        tokens_per_tile: Visual tokens of a tile for which its example does not say another number.
         averaging: How the weight of a target falls with its sample's number of targets.
         ceil_after_image: Round the position up after each image (docs/decisions/0003).
         pad_to: Tokens of every row, for fixed shapes; by default those of the longest row.
@@ -75,7 +75,7 @@ def collate(
             NO_PARENT,
         ),
         pixel_values=normalise(np.concatenate(tiles)) if tiles else None,
-        tokens_per_tile=torch.full((sum(map(len, tiles)),), tokens_per_tile, dtype=torch.int64),
+        tokens_per_tile=torch.tensor(_counts(examples, tokens_per_tile), dtype=torch.int64),
         visual_index=torch.from_numpy(grid.flat_index[expanded.is_visual]),
         target_index=torch.from_numpy(grid.flat_index[predictor[targets]]),
         target_ids=torch.from_numpy(expanded.input_ids[targets]),
@@ -149,8 +149,19 @@ class _Grid:
 
 def num_tokens(example: Example, tokens_per_tile: int) -> int:
     """Tokens of an example once each image slot is expanded to its visual tokens."""
-    slots = len(example.tiles_per_image)
-    return len(example.input_ids) - slots + sum(example.tiles_per_image) * tokens_per_tile
+    num_visual = sum(example.tiles_per_image) * tokens_per_tile
+    if example.tokens_per_tile:
+        num_visual = sum(example.tokens_per_tile)
+    return len(example.input_ids) - len(example.tiles_per_image) + num_visual
+
+
+def _counts(examples: Sequence[Example], tokens_per_tile: int) -> list[int]:
+    """Visual tokens of every tile."""
+    return [
+        number
+        for example in examples
+        for number in example.tokens_per_tile or (tokens_per_tile,) * example.num_tiles
+    ]
 
 
 def _expand(
@@ -172,7 +183,10 @@ def _expand(
         + np.repeat(samples.first, lengths),
         samples.parents,
         image_token_id=image_token_id,
-        tokens_per_image=[n * tokens_per_tile for e in examples for n in e.tiles_per_image],
+        tokens_per_image=tokens_per_image(
+            [number for example in examples for number in example.tiles_per_image],
+            _counts(examples, tokens_per_tile),
+        ),
         increments=[increment for e in examples for increment in e.increments],
         ceil_after_image=ceil_after_image,
     )
@@ -186,13 +200,15 @@ def _check_images(
     for example, num_slots in zip(examples, slots, strict=True):
         num_images = len(example.tiles_per_image)
         num_tiles = sum(example.tiles_per_image)
+        num_counts = len(example.tokens_per_tile) or num_tiles
         if not (
-            num_slots == num_images == len(example.increments) and num_tiles == len(example.tiles)
+            num_slots == num_images == len(example.increments)
+            and num_tiles == len(example.tiles) == num_counts
         ):
             raise DataError(
                 f"{num_slots} image slots in the text for {num_images} images with {num_tiles} "
-                f"tiles, but {len(example.tiles)} tiles and {len(example.increments)} increments "
-                "are there",
+                f"tiles, but {len(example.tiles)} tiles, {len(example.increments)} increments and "
+                f"{num_counts} numbers of visual tokens are there",
                 kind="image_count",
                 source=example.source,
             )

@@ -2,15 +2,14 @@
 
 Both go through `ExampleBuilder`, so that a model is asked in exactly the form it was trained on:
 one rendering, one tiling (docs/architecture). Whatever is drawn at random (JPEG quality, frames,
-increments) is a function of (seed, data set, record id, epoch) alone, so that a record can be
-made again at any time, in any process, in any order.
+increments, compression) is a function of (seed, data set, record id, epoch) alone, so that a
+record can be made again at any time, in any process, in any order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -58,6 +57,8 @@ class ExampleConfig:
         max_frames: Most frames drawn from a video in training, and the number at inference.
         share_tiles: Whether several pictures of one sample share ``max_tiles``, as in released
             training; False gives each of them all, as released -HF processors do.
+        compress: Probability that all tiles of an image, or all frames of a video, are compressed
+            (ViCO, InternVL3.5 report: 0.5 each for 1/4 and 1/16 of the patch features).
     """
 
     template: str = "internvl2_5"
@@ -71,6 +72,7 @@ class ExampleConfig:
     min_frames: int = 8
     max_frames: int = 32
     share_tiles: bool = True
+    compress: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -90,40 +92,8 @@ class ExampleConfig:
             raise ConfigError(
                 f"increment is {self.increment}, but must be above 0 and at most 1, or 'random'"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Neighbouring tokens of one segment that are all trained or all not.
-
-    Attributes:
-        text: What they say; an image slot stands as one ``<IMG_CONTEXT>``.
-        trained: Whether they are prediction targets.
-        segment: Their segment.
-        num_tokens: How many tokens.
-    """
-
-    text: str
-    trained: bool
-    segment: int
-    num_tokens: int
-
-
-def describe(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
-    """Show an example as the model will see it, with what is trained.
-
-    Args:
-        example: The example.
-        tokenizer: The one that made it.
-    """
-    keys = zip(example.segments.tolist(), example.trained.tolist(), strict=True)
-    for (segment, trained), run in groupby(
-        zip(keys, example.input_ids.tolist(), strict=True), key=lambda item: item[0]
-    ):
-        ids = [token for _, token in run]
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        yield Span(text, trained, segment, len(ids))
+        if not 0.0 <= self.compress <= 1.0:
+            raise ConfigError(f"compress is {self.compress}; it is a probability, 0 to 1")
 
 
 @dataclass(slots=True)
@@ -153,19 +123,33 @@ class ExampleBuilder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, config: ExampleConfig, tokens_per_tile: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ExampleConfig,
+        tokens_per_tile: int,
+        *,
+        compressed_tokens: int | None = None,
     ) -> None:
         """Bind tokenizer and configuration.
 
         Args:
             tokenizer: Knows the image tokens and the template's control tokens.
             config: How records become examples.
-            tokens_per_tile: Visual tokens of a full tile, for the limit on length.
+            tokens_per_tile: Visual tokens of a full tile, also for the limit on length: a sample
+                that is compressed must fit uncompressed too.
+            compressed_tokens: Visual tokens of a compressed tile; needed where some are drawn.
 
         Raises:
-            ConfigError: If the tokenizer lacks a token that is needed.
+            ConfigError: If the tokenizer lacks a token that is needed, or tiles are to be
+                compressed without a word on how far.
         """
         self.tokenizer, self.config, self.tokens_per_tile = tokenizer, config, tokens_per_tile
+        if config.compress and compressed_tokens is None:
+            raise ConfigError(
+                f"compress is {config.compress}, but the model has no compressed tiles; start from "
+                f"one with flash_mode"
+            )
+        self.compressed_tokens = compressed_tokens
         self.template = template_named(config.template)
         self._text_end = tokenizer.eos_token or self.template.last_answer_end
         self._encoder = TextEncoder(tokenizer)
@@ -356,7 +340,20 @@ class ExampleBuilder:
             increments=pictures.increments(self.config.increment),
         )
         self._check_length(example)
-        return example
+        return replace(example, tokens_per_tile=self._counts(pictures))
+
+    def _counts(self, pictures: Pictures) -> tuple[int, ...]:
+        """Visual tokens of each tile, where a compression was drawn."""
+        if self.compressed_tokens is None or not (
+            drawn := pictures.compressed(self.config.compress)
+        ):
+            return ()
+        sizes = (self.tokens_per_tile, self.compressed_tokens)
+        return tuple(
+            sizes[compressed]
+            for tiles, compressed in zip(pictures.tiles, drawn, strict=True)
+            for _ in tiles
+        )
 
     def _encode(self, segments: Sequence[Sequence[Piece]]) -> list[_Encoded]:
         contents = [piece.content for pieces in segments for piece in pieces]

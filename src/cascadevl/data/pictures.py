@@ -140,3 +140,20 @@ class Pictures:
         num_owners = max(self.owners, default=-1) + 1
         drawn = self.draw.generator("increment").choice(INCREMENTS, size=num_owners)
         return tuple(float(drawn[owner]) for owner in self.owners)
+
+    def compressed(self, probability: float) -> tuple[bool, ...]:
+        """Which pictures have all their tiles compressed (ViCO, InternVL3.5 report).
+
+        As with increments, the frames of a video share what is drawn.
+
+        Args:
+            probability: Of each picture to be compressed.
+
+        Returns:
+            One an entry of ``tiles``; none where nothing is drawn.
+        """
+        if self.draw is None or not probability:
+            return ()
+        num_owners = max(self.owners, default=-1) + 1
+        drawn = self.draw.generator("compression").random(num_owners) < probability
+        return tuple(bool(drawn[owner]) for owner in self.owners)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from cascadevl.data.example import Span, describe
 from cascadevl.data.mixture import Mixture
 from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.data.spans import Span, describe
 from cascadevl.errors import ConfigError, DataError
 from cascadevl.model.loading import find
 from cascadevl.model.repository_files import load_processor
