@@ -53,3 +53,16 @@ def small_model(seed: int = 0, **config: Any) -> CascadeVLForConditionalGenerati
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
     return model.eval()
+
+
+def small_flash_model(seed: int = 0, **config: Any) -> CascadeVLForConditionalGeneration:
+    """The same with a second projector and a router: four visual tokens a tile, or one.
+
+    Without thresholds, so that a budget must be asked for.
+    """
+    model = small_model(seed, **{"flash_mode": True, "flash_heads": 3} | config)
+    assert model.model.router is not None
+    with torch.no_grad():  # tiles are to differ in what the router thinks of them
+        for parameter in model.model.router.parameters():
+            parameter.mul_(6)
+    return model

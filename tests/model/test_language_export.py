@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.model import make_checkpoints as make
+from tests.model import make_flash
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,11 +116,13 @@ def test_the_type_is_that_of_the_files_not_that_of_the_configuration(tmp_path: P
     assert plain(tmp_path / "text").dtype == torch.bfloat16
 
 
-def test_a_flash_router_is_no_obstacle_because_it_belongs_to_the_other_half(tmp_path: Path) -> None:
-    tensors = make.github_tensors("qwen3") | {"gating.weight": torch.zeros(2)}
-    source = make.write(tmp_path / "github", tensors, make.github_config("qwen3"))
-    export_language(source, tmp_path / "text")
-    assert not any("gating" in name for name in stored(tmp_path / "text"))
+@pytest.mark.parametrize("is_on", [True, False])
+def test_a_flash_router_stays_behind_because_it_belongs_to_the_other_half(
+    tmp_path: Path, is_on: bool
+) -> None:
+    export_language(make_flash.write_flash(tmp_path / "flash", flash_mode=is_on), tmp_path / "text")
+    export_language(make.write_github(tmp_path / "plain", "qwen3"), tmp_path / "plain text")
+    assert stored(tmp_path / "text").keys() == stored(tmp_path / "plain text").keys()
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt_oss"])

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import cascadevl
 from cascadevl.errors import CascadeVLError, CheckpointError
-from cascadevl.model.conversion import convert
 from cascadevl.model.loading import load, save
 
 
@@ -168,42 +167,6 @@ def test_model_and_processor_generate_together(tmp_path: Path) -> None:
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert inputs["input_ids"].shape[1] < output.shape[1] <= inputs["input_ids"].shape[1] + 3
-
-
-# Flash.
-
-
-def flash(path: Path, **config: Any) -> Path:
-    tensors = make.github_tensors("qwen3")
-    tensors |= {
-        "mlp2.0.weight": torch.ones(256),
-        "pooling_before_gating.query_token": torch.ones(1, 16),
-        "gating.gate.1.weight": torch.ones(2, 16),
-    }
-    return make.write(path, tensors, make.github_config("qwen3", **config))
-
-
-def test_flash_checkpoint_is_refused_with_the_names_of_what_is_not_supported(
-    tmp_path: Path,
-) -> None:
-    source = flash(tmp_path / "flash", flash_mode=True, flash_relative_threshold=0.5)
-    with pytest.raises(CheckpointError, match="gating, mlp2, pooling_before_gating") as caught:
-        load(source)
-    assert "Set flash_mode to false" in str(caught.value)
-
-
-@pytest.mark.parametrize("config", [{"flash_mode": False}, {}])
-def test_flash_checkpoint_with_its_router_off_is_the_plain_model(
-    tmp_path: Path, config: dict[str, Any]
-) -> None:
-    model, _ = load(flash(tmp_path / "flash", **config))
-    plain, _ = load(make.write_github(tmp_path / "plain", "qwen3"))
-    assert torch.equal(logits(model), logits(plain))
-
-
-def test_flash_checkpoint_is_not_converted_because_its_router_would_be_lost(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"3 tensors of a Flash router"):
-        convert(flash(tmp_path / "flash"), tmp_path / "hf", layout="hf")
 
 
 # Names and refusals.

@@ -1,17 +1,18 @@
-"""The two bodies and the projector between them: everything but the language head.
+"""The two bodies and what stands between them: everything but the language head.
 
-The bodies are transformers' own, built with our attention functions; the parameters have the names
-that transformers' `InternVLModel` gives them.
+Between them are the projector and, in a Flash model, a second one for compressed tiles and the
+router that chooses them. The bodies are transformers' own, built with our attention functions;
+the parameters have the names that transformers' `InternVLModel` gives them, where it has some.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.models.internvl.modeling_internvl import InternVLPreTrainedModel
@@ -27,12 +28,14 @@ from cascadevl.model.drop_path import DropPath
 from cascadevl.model.layout import PackedLayout, packed_layout
 from cascadevl.model.masks import cached_masks
 from cascadevl.model.norm import use_lean_norms
-from cascadevl.model.projector import Projector
+from cascadevl.model.projector import CompressedProjector, Projector
+from cascadevl.model.router import Router
 from cascadevl.model.v2pe import check_dynamic, dynamic_limit
+from cascadevl.types import VisualFeatures
 
 
 class CascadeVLModel(InternVLPreTrainedModel):
-    """Vision tower, projector and text body, without the language head."""
+    """Vision tower, projectors, router and text body, without the language head."""
 
     config: CascadeVLConfig
     config_class = CascadeVLConfig
@@ -45,6 +48,8 @@ class CascadeVLModel(InternVLPreTrainedModel):
             config.vision_config, attn_implementation=VISION_ATTENTION
         )
         self.multi_modal_projector = Projector(config)
+        self.compressed_projector = CompressedProjector(config) if config.flash_mode else None
+        self.router = Router(config) if config.flash_mode else None
         self.language_model = AutoModel.from_config(
             config.text_config, attn_implementation=TEXT_ATTENTION
         )
@@ -52,17 +57,109 @@ class CascadeVLModel(InternVLPreTrainedModel):
         self.drop_path = DropPath(self.vision_tower.encoder.layer, float(config.drop_path_rate))
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def encode(self, pixel_values: Float[Tensor, "tiles 3 px px"]) -> Tensor:
-        """Visual tokens of tiles: (tiles, visual tokens, hidden)."""
+    def patch_features(
+        self, pixel_values: Float[Tensor, "tiles 3 px px"]
+    ) -> Float[Tensor, "tiles patches channels"]:
+        """What the vision tower makes of tiles, without the class token."""
         patches = self.vision_tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state
-        visual: Tensor = self.multi_modal_projector(patches[:, 1:])  # without the class token
-        return visual
+        features: Tensor = patches[:, 1:]
+        return features
+
+    def project(
+        self,
+        patches: Float[Tensor, "tiles patches channels"],
+        tokens_per_tile: Int64[Tensor, " tiles"] | None = None,
+    ) -> Float[Tensor, "visual hidden"]:
+        """Visual tokens of tiles, one tile behind the other; each by the projector it needs only.
+
+        Args:
+            patches: Patch features, without the class token.
+            tokens_per_tile: Visual tokens of each tile; all are full where not given.
+
+        Raises:
+            ValueError: If a tile is to have a number of tokens that no projector makes.
+        """
+        projectors = self._projectors()
+        used = {self.config.tokens_per_tile}
+        if tokens_per_tile is not None:
+            used = {int(number) for number in tokens_per_tile.unique()} or used
+        if used - projectors.keys():
+            raise ValueError(
+                f"tiles are to have {sorted(used)} visual tokens, but this model makes "
+                f"{' or '.join(map(str, projectors))}; were the tiles counted for another model?"
+            )
+        if tokens_per_tile is None or len(used) == 1:
+            whole: Tensor = projectors[used.pop()](patches)
+            return whole.flatten(0, 1)
+        starts = tokens_per_tile.cumsum(0) - tokens_per_tile
+        made: list[Tensor] = []
+        places: list[Tensor] = []
+        for number in sorted(used):
+            chosen = tokens_per_tile == number
+            made.append(projectors[number](patches[chosen]).flatten(0, 1))
+            within = torch.arange(number, device=starts.device)
+            places.append((starts[chosen, None] + within).flatten())
+        visual = torch.cat(made)
+        return torch.empty_like(visual).index_copy(0, torch.cat(places), visual)
+
+    def visual_tokens(
+        self,
+        features: VisualFeatures,
+        tokens_per_tile: Sequence[int] | Int64[Tensor, " tiles"] | None = None,
+    ) -> Float[Tensor, "visual hidden"]:
+        """Visual tokens of tiles that were encoded before, one tile behind the other.
+
+        Args:
+            features: What is known of the tiles.
+            tokens_per_tile: Visual tokens of each tile; all are full where not given.
+
+        Raises:
+            ValueError: If there are not as many numbers as tiles, or the features are visual tokens
+                already, and others than asked for.
+        """
+        counts = tokens_per_tile
+        if counts is not None and not isinstance(counts, Tensor):
+            counts = torch.tensor(counts, dtype=torch.int64, device=self.device)
+        if counts is not None and len(counts) != features.num_tiles:
+            raise ValueError(
+                f"{len(counts)} numbers of visual tokens for {features.num_tiles} tiles"
+            )
+        if features.patches is not None:
+            return self.project(features.patches, counts)
+        assert features.projected is not None, "features hold one of the two"
+        made = features.projected.shape[1]
+        if counts is not None and bool((counts != made).any()):
+            raise ValueError(
+                f"tiles are to have {sorted(set(counts.tolist()))} visual tokens, but came with "
+                f"{made}; give their patch features"
+            )
+        return features.projected.flatten(0, 1)
+
+    def _projectors(self) -> dict[int, nn.Module]:
+        """The projector that makes each number of visual tokens."""
+        found: dict[int, nn.Module] = {self.config.tokens_per_tile: self.multi_modal_projector}
+        if self.compressed_projector is not None:
+            found[self.config.compressed_tokens] = self.compressed_projector
+        return found
+
+    def encode(
+        self,
+        pixel_values: Float[Tensor, "tiles 3 px px"],
+        tokens_per_tile: Int64[Tensor, " tiles"] | None = None,
+    ) -> Float[Tensor, "visual hidden"]:
+        """Visual tokens of tiles, one tile behind the other.
+
+        Args:
+            pixel_values: Normalised tiles.
+            tokens_per_tile: Visual tokens of each tile; all are full where not given.
+        """
+        return self.project(self.patch_features(pixel_values), tokens_per_tile)
 
     def embed(
         self,
         input_ids: Int[Tensor, "rows tokens"],
         visual_index: Int64[Tensor, " visual"],
-        visual: Float[Tensor, "tiles visual_tokens hidden"] | None,
+        visual: Float[Tensor, "*made hidden"] | None,
     ) -> Float[Tensor, "rows tokens hidden"]:
         """Token embeddings with the visual tokens in their places.
 
@@ -70,17 +167,16 @@ class CascadeVLModel(InternVLPreTrainedModel):
             ValueError: If there are not as many places as visual tokens.
         """
         embeds: Tensor = self.language_model.get_input_embeddings()(input_ids)
-        num_visual = 0 if visual is None else visual.shape[0] * visual.shape[1]
-        if len(visual_index) != num_visual:
+        flat = embeds.new_empty(0, embeds.shape[-1]) if visual is None else visual.flatten(0, -2)
+        if len(visual_index) != len(flat):
             raise ValueError(
-                f"{len(visual_index)} image-context tokens in the text but {num_visual} visual "
-                f"tokens from {0 if visual is None else len(visual)} tiles given; was the text "
-                f"expanded for another tiling or another number of tokens a tile?"
+                f"{len(visual_index)} image-context tokens in the text but {len(flat)} visual "
+                f"tokens are given; was the text expanded for another tiling or another number of "
+                f"tokens a tile?"
             )
         if visual is None:
             return embeds
-        flat = embeds.flatten(0, 1).index_copy(0, visual_index, visual.flatten(0, 1).to(embeds))
-        return flat.view_as(embeds)
+        return embeds.flatten(0, 1).index_copy(0, visual_index, flat.to(embeds)).view_as(embeds)
 
     def layout(
         self, segments: Int[Tensor, "rows tokens"], parents: Int[Tensor, "rows tokens"]

@@ -22,6 +22,7 @@ from cascadevl.data.conversation import IMAGE_CONTEXT
 from cascadevl.errors import CheckpointError
 from cascadevl.model.adapter_files import is_adapter_folder
 from cascadevl.model.checkpoint_names import (
+    FLASH_PREFIXES,
     Layout,
     Reader,
     Recipe,
@@ -31,6 +32,7 @@ from cascadevl.model.checkpoint_names import (
     to_hub,
 )
 from cascadevl.model.config_files import (
+    OBSTACLE_KEY,
     Json,
     default_template,
     hf_config,
@@ -40,15 +42,12 @@ from cascadevl.model.config_files import (
 )
 from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.model.internlm import FusedAttention
+from cascadevl.model.projector import CompressedProjector
+from cascadevl.model.router import Router
 from cascadevl.model.tensor_files import TensorFiles
 from cascadevl.model.tokenizer_files import load_tokenizer
 
 HEAD = "lm_head.weight"
-OBSTACLE_KEY = "cascadevl_requires"
-"""In a config.json: why plain transformers would compute something else with these weights."""
-
-FLASH_PREFIXES = ("mlp2.", "pooling_before_gating.", "gating.")
-
 _WRITTEN_ANEW = {"model_type", "transformers_version", OBSTACLE_KEY}
 _SHOWN = 3  # names of each sort in an error
 
@@ -64,8 +63,8 @@ class Checkpoint:
         files: Its tensors by the names in the files.
         recipes: How each tensor of the ``hf`` layout is made of those.
         fused: How queries, keys and values interleave, if its language model is InternLM2.
-        left_out: Tensors of the files that nothing is made of: those of a Flash router which
-            the configuration switches off.
+        left_out: The same for tensors that the model has no use for: the second projector and the
+            router of a Flash checkpoint, where the configuration switches them off.
     """
 
     path: Path
@@ -74,7 +73,7 @@ class Checkpoint:
     files: TensorFiles
     recipes: Mapping[str, Recipe]
     fused: FusedAttention | None
-    left_out: tuple[str, ...]
+    left_out: Mapping[str, Recipe]
 
     @property
     def tied(self) -> bool:
@@ -83,11 +82,14 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """A tensor by its name in the ``hf`` layout."""
-        return through(self.files.read, self.recipes)(name)
+        return through(self.files.read, self._recipes_with(name))(name)
 
     def outline(self, name: str) -> Tensor:
         """Shape and type of a tensor by its name in the ``hf`` layout, on the ``meta`` device."""
-        return through(self.files.outline, self.recipes)(name)
+        return through(self.files.outline, self._recipes_with(name))(name)
+
+    def _recipes_with(self, name: str) -> Mapping[str, Recipe]:
+        return self.left_out if name in self.left_out else self.recipes
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -113,23 +115,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     fused = fused_attention(config)
     names = to_hub(files.places, layout, fused if layout == "github" else None)
-    flash = tuple(name for name in names.unknown if name.startswith(FLASH_PREFIXES))
-    if flash and config.get("flash_mode"):
-        raise CheckpointError(_flash(path, flash))
+    recipes = dict(names.recipes)
+    left_out: dict[str, Recipe] = {}
+    if not config.get("flash_mode"):
+        flash = [name for name in recipes if name.startswith(FLASH_PREFIXES)]
+        left_out = {name: recipes.pop(name) for name in flash}
     checkpoint = Checkpoint(
         path=path,
         layout=layout,
         config=_hf_form(config, path, tied=HEAD not in names.recipes),
         files=files,
-        recipes=names.recipes,
+        recipes=recipes,
         fused=fused,
-        left_out=flash,
+        left_out=left_out,
     )
-    unknown = [name for name in names.unknown if name not in flash]
     expected = expected_shapes(configuration(checkpoint))
     if checkpoint.tied:
         expected.pop(HEAD)
-    check_tensors(path, checkpoint.recipes, checkpoint.outline, expected, unknown)
+    check_tensors(path, checkpoint.recipes, checkpoint.outline, expected, names.unknown)
     return checkpoint
 
 
@@ -188,6 +191,11 @@ def expected_shapes(config: CascadeVLConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that the files of such a model hold, by names of the ``hf`` layout."""
     with torch.device("meta"):
         state = InternVLForConditionalGeneration(config).state_dict()
+        if config.flash_mode:
+            for prefix, part in zip(
+                FLASH_PREFIXES, (CompressedProjector(config), Router(config)), strict=True
+            ):
+                state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
     recipes = split_experts({name: tuple(tensor.shape) for name, tensor in state.items()})
     read = through(state.__getitem__, recipes)
     return {name: tuple(read(name).shape) for name in recipes}
@@ -266,12 +274,3 @@ def _some(names: Iterable[str]) -> str:
     names = list(names)
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-def _flash(path: Path, names: tuple[str, ...]) -> str:
-    kinds = sorted({name.split(".")[0] for name in names})
-    return (
-        f"{path}: a Flash checkpoint (flash_mode is set) with {len(names)} tensors of the visual "
-        f"resolution router: {', '.join(kinds)} ({_some(names)}); the router is not supported "
-        "yet. Set flash_mode to false in config.json to load it without, at 256 tokens a tile"
-    )

@@ -47,6 +47,30 @@ _VISION_NAMES = (
     ("mlp1.1.**", f"{_PROJECTOR}.linear_1.**"),
     ("mlp1.3.**", f"{_PROJECTOR}.linear_2.**"),
 )
+_SECOND, _ROUTER = "model.compressed_projector", "model.router"
+_FLASH_NAMES = (
+    *(
+        (f"mlp2.{number}.**", f"{_SECOND}.{layer}.**")
+        for number, layer in ((0, "layer_norm"), (1, "linear_1"), (4, "linear_2"), (7, "linear_3"))
+    ),
+    ("pooling_before_gating.query_token", f"{_ROUTER}.query"),
+    *(  # layers are numbered from 1 there
+        pair
+        for number in range(4)
+        for pair in (
+            (f"pooling_before_gating.norm{number + 1}.**", f"{_ROUTER}.pooling.{number}.norm.**"),
+            (f"pooling_before_gating.attn{number + 1}.**", f"{_ROUTER}.pooling.{number}.**"),
+            (f"gating.block{number + 1}.0.**", f"{_ROUTER}.blocks.{number}.linear_1.**"),
+            (f"gating.block{number + 1}.3.**", f"{_ROUTER}.blocks.{number}.linear_2.**"),
+            (f"gating.block{number + 1}.5.**", f"{_ROUTER}.blocks.{number}.norm.**"),
+        )
+    ),
+    ("gating.gate.0.**", f"{_ROUTER}.norm.**"),
+    ("gating.gate.1.**", f"{_ROUTER}.gate.**"),
+)
+FLASH_PREFIXES = (f"{_SECOND}.", f"{_ROUTER}.")
+"""How the names of what only a Flash model has begin, in the ``hf`` layout."""
+
 _LANGUAGE_NAMES = (
     ("language_model.model.**", "model.language_model.**"),
     ("language_model.lm_head.**", "lm_head.**"),
@@ -66,6 +90,8 @@ _INTERNLM2_NAMES = (
 _OLD_NAMES = (
     ("vision_tower.**", "model.vision_tower.**"),
     ("multi_modal_projector.**", "model.multi_modal_projector.**"),
+    ("compressed_projector.**", f"{_SECOND}.**"),
+    ("router.**", f"{_ROUTER}.**"),
     *_LANGUAGE_NAMES,
 )
 
@@ -224,7 +250,7 @@ def _table(layout: Layout, fused: FusedAttention | None) -> tuple[tuple[str, str
         return (("model.**", "model.**"), ("lm_head.**", "lm_head.**"))
     if layout == "hf_old":
         return _OLD_NAMES
-    return (*_VISION_NAMES, *(_INTERNLM2_NAMES if fused else _LANGUAGE_NAMES))
+    return (*_VISION_NAMES, *_FLASH_NAMES, *(_INTERNLM2_NAMES if fused else _LANGUAGE_NAMES))
 
 
 def _rename(name: str, table: tuple[tuple[str, str], ...], *, forward: bool) -> str | None:

@@ -16,11 +16,18 @@ from typing import Any, TypeAlias
 from transformers import GenerationConfig
 
 from cascadevl.errors import CheckpointError
+from cascadevl.model.configuration import FLASH_OBSTACLE
 
 Json: TypeAlias = dict[str, Any]
 
 ORIGIN_KEY = "cascadevl_origin"
 """Where a converted config.json keeps the configuration it was made from."""
+
+OBSTACLE_KEY = "cascadevl_requires"
+"""In a config.json: why plain transformers would compute something else with these weights."""
+
+OUR_ARCHITECTURE = "CascadeVLForConditionalGeneration"
+"""What a config.json names where plain transformers would compute something else."""
 
 INTERNLM2_ARCHITECTURE = "InternLM2ForCausalLM"
 
@@ -73,6 +80,12 @@ _BOILERPLATE = (
     | {"task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class"}
     | {"torchscript", "transformers_version", "use_bfloat16", "use_flash_attn"}
 )
+_FLASH_THRESHOLDS = ("flash_relative_threshold", "flash_absolute_threshold")
+_OWN_FLASH_KEYS: Json = {  # what released code has no key for, and what it does
+    "flash_layers": "released",
+    "flash_heads": 16,
+    "flash_downsample_ratio": 0.25,
+}
 _GENERATION_KEYS_OF_MODELS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
 
 
@@ -188,8 +201,31 @@ def _hf_without_origin(config: Json, image_token_id: int | None, tied: bool) -> 
         "use_thumbnail": bool(config.get("use_thumbnail", False)) and dynamic,
         "drop_path_rate": float(vision.get("drop_path_rate", 0.0)),
     }
+    if "flash_mode" in config:
+        result |= _flash_part(config)
     dtype = config.get("torch_dtype") or config.get("dtype")
     return {**result, "dtype": dtype} if dtype else result
+
+
+def _flash_part(config: Json) -> Json:
+    """What a GitHub configuration says of compressed tiles and their router."""
+    known: Json = {key: config[key] for key in _FLASH_THRESHOLDS if key in config}
+    known["flash_mode"] = bool(config["flash_mode"])
+    if not known["flash_mode"]:
+        return known
+    missing = [key for key in _FLASH_THRESHOLDS if key not in known]
+    if missing:
+        raise CheckpointError(
+            f"flash_mode is set in config.json, but {' and '.join(missing)} are not: take them "
+            f"from the repository, or set flash_mode to false for all tokens of every tile"
+        )
+    own = {key: config.get(key, released) for key, released in _OWN_FLASH_KEYS.items()}
+    return {
+        **known,
+        **own,
+        "architectures": [OUR_ARCHITECTURE],
+        OBSTACLE_KEY: FLASH_OBSTACLE,
+    }
 
 
 def vision_part(vision: Json) -> Json:
@@ -270,6 +306,14 @@ def _github_without_origin(config: Json, tied: bool) -> Json:
         "use_llm_lora": 0,
         "tie_word_embeddings": False,
     }
+    if config.get("flash_mode"):
+        result |= {key: config.get(key) for key in ("flash_mode", *_FLASH_THRESHOLDS)}
+        # Without these keys the weights are used as released ones are, by whatever opens them.
+        result |= {
+            key: config[key]
+            for key, released in _OWN_FLASH_KEYS.items()
+            if config.get(key, released) != released
+        }
     if config.get("system_message") is not None:
         result["system_message"] = config["system_message"]
     dtype = config.get("dtype") or config.get("torch_dtype")

@@ -14,6 +14,9 @@ from transformers import InternVLConfig
 from cascadevl.errors import ConfigError
 from cascadevl.sequence import INCREMENTS
 
+FLASH_OBSTACLE = "a router compresses tiles; transformers has none and keeps all visual tokens"
+"""Why plain transformers would compute something else with a Flash checkpoint."""
+
 
 @no_type_check  # the keys are checked by `strict`, and unknown ones must be let through
 @strict
@@ -36,6 +39,16 @@ class CascadeVLConfig(InternVLConfig):
         use_thumbnail: Add a small picture of the whole image where there are several tiles.
         drop_path_rate: Probability to drop the last residual branch of the vision tower in
             training, rising linearly from 0 at the first layer.
+        flash_mode: Whether there are a second projector, for compressed tiles, and a router that
+            chooses them (InternVL3.5-Flash).
+        flash_absolute_threshold: Tiles that the router gives a smaller probability than this are
+            never compressed; None where it was not calibrated, and no tile is unless asked for.
+        flash_relative_threshold: Share of the tiles of a request, the least probable ones, that are
+            never compressed, as in released weights; None for no such rule.
+        flash_downsample_ratio: New side over old side of a compressed tile's grid of patches.
+        flash_layers: ``"all"`` four attention layers of the router; or ``"released"``: the first
+            once and the second three times, as released weights are used (docs/decisions/0025).
+        flash_heads: Heads of these layers.
     """
 
     vision_config: Any = None
@@ -50,6 +63,12 @@ class CascadeVLConfig(InternVLConfig):
     max_tiles: int = 12
     use_thumbnail: bool = True
     drop_path_rate: float | int = 0.0
+    flash_mode: bool = False
+    flash_absolute_threshold: float | int | None = None
+    flash_relative_threshold: float | int | None = None
+    flash_downsample_ratio: float = 0.25
+    flash_layers: str = "all"
+    flash_heads: int = 16
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Build the two halves' configurations and check our own keys.
@@ -74,6 +93,41 @@ class CascadeVLConfig(InternVLConfig):
                 f"{self.vision_feature_select_strategy!r} is not supported; every released model "
                 f"uses the last layer (-1) without the class token ('default')"
             )
+        if self.flash_mode:
+            self.check_flash()
+
+    def check_flash(self) -> None:
+        """Check what compressed tiles and their router need.
+
+        Raises:
+            ConfigError: If a key has a value that means nothing, or the shapes do not allow it.
+        """
+        if self.flash_layers not in ("all", "released"):
+            raise ConfigError(f"flash_layers is {self.flash_layers!r}; use 'all' or 'released'")
+        width = self.vision_config.hidden_size
+        if width % self.flash_heads:
+            raise ConfigError(
+                f"flash_heads is {self.flash_heads}, which does not divide the vision tower's "
+                f"width of {width}"
+            )
+        relative, absolute = self.flash_relative_threshold, self.flash_absolute_threshold
+        if relative is not None and (absolute is None or not 0 <= relative <= 1):
+            raise ConfigError(
+                f"flash_relative_threshold is {relative}, a share, 0 to 1, and needs "
+                f"flash_absolute_threshold beside it, which is {absolute}"
+            )
+        side, factor = self._side_patches, round(1 / self.flash_downsample_ratio)
+        if side % factor or self.compressed_tokens >= self.tokens_per_tile:
+            raise ConfigError(
+                f"flash_downsample_ratio is {self.flash_downsample_ratio}; a tile of {side} x "
+                f"{side} patches needs one that makes whole tokens, and fewer than "
+                f"{self.tokens_per_tile}"
+            )
+
+    @property
+    def _side_patches(self) -> int:
+        """Patches along a side of a tile."""
+        return self.tile_px // int(self.vision_config.patch_size[0])
 
     @property
     def tile_px(self) -> int:
@@ -83,8 +137,12 @@ class CascadeVLConfig(InternVLConfig):
     @property
     def tokens_per_tile(self) -> int:
         """Visual tokens of one tile at full resolution."""
-        patches = self.tile_px // int(self.vision_config.patch_size[0])
-        return int(patches * self.downsample_ratio) ** 2
+        return int(self._side_patches * self.downsample_ratio) ** 2
+
+    @property
+    def compressed_tokens(self) -> int:
+        """Visual tokens of a compressed tile."""
+        return int(self._side_patches * self.flash_downsample_ratio) ** 2
 
     @property
     def plain_transformers_obstacle(self) -> str | None:
@@ -93,7 +151,7 @@ class CascadeVLConfig(InternVLConfig):
             return f"pixel shuffle {self.ps_version}; transformers always uses v2"
         if self.increment != INCREMENTS[0]:
             return f"visual tokens step by {self.increment}; transformers always steps by 1"
-        return None
+        return FLASH_OBSTACLE if self.flash_mode else None
 
 
 def attention_windows(text_config: Any) -> tuple[int | None, ...]:

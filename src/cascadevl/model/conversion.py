@@ -13,7 +13,6 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from cascadevl.data.processor import CascadeVLProcessor
-from cascadevl.errors import CheckpointError
 from cascadevl.model.checkpoint import (
     HEAD,
     configuration,
@@ -46,23 +45,17 @@ def convert(
         max_shard_bytes: Largest size of a file of weights.
 
     Raises:
-        CheckpointError: If the source does not fit its configuration, has a Flash router, which
-            no other layout can hold, or the target exists.
+        CheckpointError: If the source does not fit its configuration, or the target exists.
     """
     source, target = Path(src), Path(dst)
     checkpoint = open_checkpoint(source)
-    if checkpoint.left_out:
-        raise CheckpointError(
-            f"{source}: holds {len(checkpoint.left_out)} tensors of a Flash router "
-            f"({checkpoint.left_out[0]}, ...), which a conversion would lose"
-        )
     processor = load_processor(source)
     generation = generation_config(source, processor, configuration(checkpoint))
     with new_folder(target) as folder:
         copy_files(source, folder)
         write_checkpoint(
             folder,
-            names=checkpoint.recipes,
+            names=[*checkpoint.recipes, *checkpoint.left_out],
             read=checkpoint.read,
             outline=checkpoint.outline,
             config=checkpoint.config,

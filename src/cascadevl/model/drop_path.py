@@ -68,3 +68,16 @@ class _Hook:
         if isinstance(output, tuple):  # attention also returns its weights
             return (drop_branch(output[0], self.rate), *output[1:])
         return drop_branch(output, self.rate)
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Let no dropout layer of a model drop anything inside, in training mode too."""
+    rates = [(m, m.p) for m in model.modules() if isinstance(m, nn.Dropout)]
+    try:
+        for dropout, _ in rates:
+            dropout.p = 0.0
+        yield
+    finally:
+        for dropout, rate in rates:
+            dropout.p = rate

@@ -20,15 +20,9 @@ from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.errors import CheckpointError
 from cascadevl.model.adapter_files import base_of, is_adapter_folder, put_adapter
 from cascadevl.model.adapters import base_tensors, merged_reader
-from cascadevl.model.checkpoint import (
-    HEAD,
-    OBSTACLE_KEY,
-    Checkpoint,
-    configuration,
-    open_checkpoint,
-)
+from cascadevl.model.checkpoint import HEAD, Checkpoint, configuration, open_checkpoint
 from cascadevl.model.checkpoint_names import Layout, fuse_experts, split_experts, through
-from cascadevl.model.config_files import Json
+from cascadevl.model.config_files import OBSTACLE_KEY, Json
 from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.model.conversion import write_checkpoint
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
@@ -127,8 +121,9 @@ def save(
     Adapters are merged into the weights that are written; the model keeps them as they are.
 
     It opens in plain transformers. Where that would compute something else (pixel shuffle v1, an
-    increment other than 1), config.json says so under ``cascadevl_requires``, and names our class
-    as its architecture, which other programs refuse instead of giving wrong answers.
+    increment other than 1, compressed tiles), config.json says so under ``cascadevl_requires``,
+    and names our class as its architecture, which other programs refuse instead of giving wrong
+    answers.
 
     Args:
         model: The model.

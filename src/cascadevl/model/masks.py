@@ -1,4 +1,4 @@
-"""Explicit masks for tokens that follow those in a key-value cache.
+"""Masks: of prompts that came without one, and of tokens that follow those in a key-value cache.
 
 transformers would make such masks itself, but from the positions where it finds no mask, and with
 fractional positions it takes every visual token for the start of a packed sample.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int, Int64
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from cascadevl.types import PADDING_SEGMENT
@@ -95,3 +96,19 @@ def _visible(
         return visible
     count = real.cumsum(1)  # tokens up to and including each key
     return visible & (count[:, -num_queries:, None] - count[:, None] < window)
+
+
+def inferred_mask(
+    input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]
+) -> Int64[Tensor, "rows tokens"]:
+    """Which tokens are real where the caller did not say: transformers' rule.
+
+    Padding is taken for padding only if its token does not end a sequence too.
+    """
+    pad = kwargs.get("pad_token_id", config.pad_token_id)
+    ends = kwargs.get("eos_token_id", config.eos_token_id)
+    ends = ends if isinstance(ends, list) else [ends]
+    if pad is None or pad in ends:
+        return torch.ones_like(input_ids)
+    real: Tensor = input_ids != pad
+    return real.long()

@@ -24,8 +24,11 @@ from transformers.models.internvl.modeling_internvl import (
 from cascadevl.errors import RequestError
 from cascadevl.model.backbone import CascadeVLModel
 from cascadevl.model.configuration import CascadeVLConfig
+from cascadevl.model.drop_path import dropout_off
 from cascadevl.model.head import HeadFn, score_targets
-from cascadevl.model.masks import is_empty, row_segments
+from cascadevl.model.masks import inferred_mask, is_empty, row_segments
+from cascadevl.model.routed_prompts import routes_of_rows, shortened, with_prompts
+from cascadevl.model.routing import VisualBudget, budget_for
 from cascadevl.model.v2pe import prompt_positions, resolve_increments
 from cascadevl.types import NO_PARENT, Batch, VisualFeatures
 
@@ -68,38 +71,41 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
         return head
 
     def freeze(
-        self, *, vision: bool = False, projector: bool = False, language: bool = False
+        self,
+        *,
+        vision: bool = False,
+        projector: bool = False,
+        language: bool = False,
+        router: bool = True,
     ) -> None:
         """Choose what is trained: the named parts get no gradient, all others do.
 
-        A head that is tied to the token embedding belongs to the language part, as does an own.
+        A head that is tied to the token embedding belongs to the language part, as does an own;
+        the projector of compressed tiles belongs to the projector. The router is frozen unless
+        asked for, because no loss but its own reaches it.
         """
         parts = {
             self.model.vision_tower: vision,
             self.model.multi_modal_projector: projector,
+            self.model.compressed_projector: projector,
+            self.model.router: router,
             self.model.language_model: language,
             self.lm_head: language,
         }
         for part, frozen in parts.items():
-            part.requires_grad_(not frozen)
+            if part is not None:
+                part.requires_grad_(not frozen)
 
     @contextmanager
     def no_drop_path(self) -> Iterator[None]:
-        """Switch drop path and the dropout of adapters off inside, in training mode too.
+        """Switch drop path and all dropout off inside, in training mode too.
 
         Log-probabilities need it (design decision 5). It may stay open over a whole run: putting
         the model into training mode changes nothing, and layers that are computed again in the
         backward pass (gradient checkpointing) drop nothing either.
         """
-        rates = [(m, m.p) for m in self.modules() if isinstance(m, nn.Dropout)]
-        try:
-            for dropout, _ in rates:
-                dropout.p = 0.0
-            with self.model.drop_path.pause():
-                yield
-        finally:
-            for dropout, rate in rates:
-                dropout.p = rate
+        with dropout_off(self), self.model.drop_path.pause():
+            yield
 
     def forward(
         self,
@@ -114,6 +120,7 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
         logits_to_keep: int | Tensor = 0,
         increments: float | Sequence[float] | None = None,
         features: VisualFeatures | None = None,
+        tokens_per_tile: Sequence[int] | Int64[Tensor, " tiles"] | None = None,
         return_dict: bool | None = None,
         *,
         batch: Batch | None = None,
@@ -134,9 +141,11 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
             logits_to_keep: How many last tokens to compute logits of, 0 for all, or their index.
             increments: Position step of visual tokens, one for all or one an image, row after
                 row; the configuration's where not given.
-            features: Visual tokens made before, instead of ``pixel_values``.
+            features: What `encode_images` made before, instead of ``pixel_values``.
+            tokens_per_tile: Visual tokens of each tile, for which ``input_ids`` have places; all
+                tiles are full where not given. The router is not asked here, but in `generate`.
             return_dict: Accepted for transformers' sake; the output is always a named one.
-            batch: Packed rows; with it, only ``head_fn`` is read.
+            batch: Packed rows; with it, only ``head_fn`` and ``features`` are read.
             head_fn: From the logits of a chunk of targets, and its place among them, to one
                 number a target.
 
@@ -147,10 +156,9 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
         if batch is not None:
             if head_fn is None:
                 raise ValueError("forward(batch=...) needs head_fn, the function of the logits")
-            return self._score(batch, head_fn)
-        inputs_embeds = self._embedded(
-            input_ids, inputs_embeds, pixel_values, features, past_key_values
-        )
+            return self._score(batch, head_fn, features)
+        visual = (pixel_values, features, tokens_per_tile)
+        inputs_embeds = self._embedded(input_ids, inputs_embeds, visual, past_key_values)
         if use_cache is None:
             use_cache = not self.training and bool(self.config.text_config.use_cache)
         if use_cache and past_key_values is None:
@@ -171,7 +179,9 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
             output.loss = self.loss_function(output.logits, labels, vocab_size=vocab_size)
         return output
 
-    def _score(self, batch: Batch, head_fn: HeadFn) -> Float[Tensor, " targets"]:
+    def _score(
+        self, batch: Batch, head_fn: HeadFn, features: VisualFeatures | None
+    ) -> Float[Tensor, " targets"]:
         """Packed rows to one number a target: encode, scatter, run the text body, score."""
         num_visual = int(batch.tokens_per_tile.sum())
         if num_visual != len(batch.visual_index):
@@ -179,7 +189,11 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
                 f"the batch announces {num_visual} visual tokens for {batch.num_tiles} tiles but "
                 f"has places for {len(batch.visual_index)}"
             )
-        visual = None if batch.pixel_values is None else self.model.encode(batch.pixel_values)
+        visual = None
+        if features is not None:
+            visual = self.model.visual_tokens(features, batch.tokens_per_tile)
+        elif batch.pixel_values is not None:
+            visual = self.model.encode(batch.pixel_values, batch.tokens_per_tile)
         embeds = self.model.embed(batch.input_ids, batch.visual_index, visual)
         layout = self.model.layout(batch.segments, batch.parents)
         hidden_states = self.model.run_text(embeds, batch.position_ids, layout)
@@ -195,11 +209,11 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
-        pixel_values: Tensor | None,
-        features: VisualFeatures | None,
-        past_key_values: Cache | None,
+        visual: tuple[Tensor | None, VisualFeatures | None, Sequence[int] | Tensor | None],
+        past_key_values: Cache | None = None,
     ) -> Tensor:
         """Embeddings of a request, its visual tokens in their places."""
+        pixel_values, features, tokens_per_tile = visual
         if (input_ids is None) == (inputs_embeds is None):
             raise RequestError("give exactly one of input_ids and inputs_embeds")
         if pixel_values is not None and features is not None:
@@ -214,8 +228,8 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
         place = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
         if features is None and past_key_values is not None and not is_empty(past_key_values):
             place = place[:0]  # the model itself wrote an image-context token: it is text
-        visual = None if features is None else features.projected
-        embeds: Tensor = self.model.embed(input_ids, place, visual)
+        tokens = None if features is None else self.model.visual_tokens(features, tokens_per_tile)
+        embeds: Tensor = self.model.embed(input_ids, place, tokens)
         return embeds
 
     def _positions(
@@ -270,41 +284,79 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
         generation_config: GenerationConfig | None = None,
         *,
         increments: float | Sequence[float] | None = None,
+        visual_budget: VisualBudget | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate as transformers does, from float positions.
 
         Prompts of different lengths are padded on the left, as transformers wants it. The
         positions are worked out here once; transformers then carries each row's own on by 1 a
-        token.
+        token. Prompts have places for full tiles; those that the router leaves empty are taken
+        out, row by row, and what is returned begins with the prompts as they came.
 
         Args:
             inputs: Token ids, also as ``input_ids``.
             generation_config: As in transformers.
             increments: Position step of visual tokens, one for all or one an image; the
                 configuration's where not given. Give the same for a continued conversation.
+            visual_budget: Which tiles of a row are compressed; the configuration's thresholds
+                where not given.
             kwargs: As in transformers.
 
         Raises:
-            RequestError: If prompt and new tokens do not fit the trained context.
+            RequestError: If prompt and new tokens do not fit the trained context, or a budget is
+                given to a model without a router.
         """
+        budget = budget_for(self.config, visual_budget)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None and kwargs.get("position_ids") is None:
             config = generation_config or self.generation_config
             mask = kwargs.get("attention_mask")
             if mask is None:
-                mask = kwargs["attention_mask"] = _inferred_mask(input_ids, config, kwargs)
+                mask = kwargs["attention_mask"] = inferred_mask(input_ids, config, kwargs)
             new = kwargs.get("max_new_tokens") or config.max_new_tokens
             if new is None:
                 longest = kwargs.get("max_length") or config.max_length or 20
                 new = max(longest - input_ids.shape[1], 0)
+            if budget != "full" and kwargs.get("pixel_values") is not None:
+                if config.max_new_tokens is None:
+                    kwargs["max_new_tokens"] = new
+                how = (new, increments, budget)
+                return self._generate_routed(input_ids, generation_config, how, **kwargs)
             steps = resolve_increments(self.config, input_ids, mask, new, increments)
             kwargs["position_ids"] = self.prompt_positions(input_ids, mask, steps)
         return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
 
+    def _generate_routed(
+        self,
+        prompts: Int64[Tensor, "rows tokens"],
+        generation_config: GenerationConfig | None,
+        how: tuple[int, float | Sequence[float] | None, VisualBudget],
+        *,
+        pixel_values: Tensor,
+        attention_mask: Tensor,
+        **kwargs: Any,
+    ) -> Any:
+        """Let the router decide, row by row, and generate from what is left of the prompts."""
+        num_new, increments, budget = how
+        with torch.no_grad():
+            features = self.encode_images(pixel_values)
+            assert features.compress is not None, "a budget needs a router"
+            counts = routes_of_rows(self.config, prompts, features.compress, budget)
+            ids, mask = shortened(self.config, prompts, attention_mask, counts)
+            kwargs["inputs_embeds"] = self._embedded(ids, None, (None, features, counts))
+        steps = resolve_increments(self.config, ids, mask, num_new, increments)
+        kwargs["position_ids"] = self.prompt_positions(ids, mask, steps)
+        kwargs.pop("input_ids", None)
+        made = super().generate(ids, generation_config, attention_mask=mask, **kwargs)  # type: ignore[misc]
+        return with_prompts(made, prompts, ids.shape[1])
+
     def encode_images(self, pixel_values: Float[Tensor, "tiles 3 px px"]) -> VisualFeatures:
-        """The vision half: normalised tiles to visual tokens."""
-        return VisualFeatures(projected=self.model.encode(pixel_values))
+        """The vision half: normalised tiles to visual tokens; with a router, to what it routes."""
+        patches = self.model.patch_features(pixel_values)
+        if self.model.router is None:
+            return VisualFeatures(projected=self.model.multi_modal_projector(patches))
+        return VisualFeatures(patches=patches, compress=self.model.router(patches))
 
     def decode(
         self,
@@ -342,19 +394,3 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept])
         return InternVLCausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-
-
-def _inferred_mask(
-    input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]
-) -> Int64[Tensor, "rows tokens"]:
-    """Which tokens are real where the caller did not say: transformers' rule.
-
-    Padding is taken for padding only if its token does not end a sequence too.
-    """
-    pad = kwargs.get("pad_token_id", config.pad_token_id)
-    ends = kwargs.get("eos_token_id", config.eos_token_id)
-    ends = ends if isinstance(ends, list) else [ends]
-    if pad is None or pad in ends:
-        return torch.ones_like(input_ids)
-    real: Tensor = input_ids != pad
-    return real.long()

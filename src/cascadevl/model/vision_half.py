@@ -16,7 +16,12 @@ from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.part import load_part
 
-_PARTS = ("model.vision_tower.", "model.multi_modal_projector.")
+_PARTS = (
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+    "model.compressed_projector.",
+    "model.router.",
+)
 _EMBEDDING = "model.language_model.embed_tokens."
 
 

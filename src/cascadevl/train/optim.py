@@ -22,7 +22,9 @@ from cascadevl.train.adamw import PIECE, PiecewiseAdamW, Update
 
 Module = Literal["vision", "projector", "language"]
 
-UNDECAYED = ("cls_token", "mask_token", "position_embeddings")
+_BETWEEN = ("multi_modal_projector.", "compressed_projector.", "model.router.")
+
+UNDECAYED = ("cls_token", "mask_token", "position_embeddings", "query")
 """Last parts of the names of parameters with two or more axes that are not decayed all the same."""
 
 HIDDEN_PATHS = ("vision_tower.encoder.", "multi_modal_projector.", "language_model.layers.")
@@ -105,10 +107,13 @@ def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 def module_of(name: str) -> Module:
-    """The part of the model that a parameter belongs to, by its name."""
+    """The part of the model that a parameter belongs to, by its name.
+
+    All that stands between the two bodies counts as the projector, a Flash model's router too.
+    """
     if "vision_tower." in name:
         return "vision"
-    return "projector" if "multi_modal_projector." in name else "language"
+    return "projector" if any(part in name for part in _BETWEEN) else "language"
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
