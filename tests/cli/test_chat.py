@@ -8,7 +8,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 from rich.console import Console
-from tests.model import make_checkpoints
+from tests.model import make_checkpoints, make_flash
 
 from cascadevl.cli.chat import Chat, user_message
 from cascadevl.cli.main import main
@@ -23,6 +23,8 @@ class Reply:
 
     messages: Sequence[Message]
     increments: tuple[float, ...] = ()
+    num_tiles: int = 0
+    num_compressed: int = 0
     finish_reason: str | None = None
 
     def __iter__(self) -> Iterator[str]:
@@ -41,12 +43,13 @@ class Echo:
         self.asked: list[tuple[Message, ...]] = []
         self.resets = 0
         self.increments: tuple[float, ...] = ()
+        self.tiles = (0, 0)
 
     def ask(self, messages: Sequence[Message]) -> Reply:
         self.asked.append(tuple(messages))
         if "fail" in messages[-1].text:
             raise RequestError("too long")
-        return Reply(messages, self.increments)
+        return Reply(messages, self.increments, *self.tiles)
 
     def reset(self) -> None:
         self.resets += 1
@@ -225,3 +228,31 @@ def test_a_real_model_is_asked_with_the_increment_and_the_limit_of_the_command(
     with pytest.raises(SystemExit):
         main([*words, "--increment", "2"])
     assert "2 is not above 0 and at most 1" in capsys.readouterr().err
+
+
+def test_compressed_tiles_are_told_when_there_are_others(chat: Chat):
+    assert isinstance(chat.session, Echo)
+    shown = talk(chat, "one")
+    assert "tiles compressed" not in shown
+    chat.session.tiles = (13, 7)
+    shown = talk(chat, "two", "three")
+    assert shown.count("7 of 13 tiles compressed") == 1
+    chat.session.tiles = (26, 9)
+    assert "9 of 26 tiles compressed" in talk(chat, "four")
+
+
+def test_a_flash_model_is_asked_with_the_budget_of_the_command(
+    tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+):
+    PIL.Image.new("RGB", (180, 60)).save(picture)
+    model = make_flash.write_flash(tmp_path / "model")
+    words = ["chat", str(model), "--image", str(picture), "--question", "What?"]
+    words += ["--max-new-tokens", "2", "--visual-budget"]
+    assert main([*words, "compressed"]) == 0
+    assert "4 of 4 tiles compressed" in capsys.readouterr().err
+    assert main([*words, "50%"]) == 0
+    assert "2 of 4 tiles compressed" in capsys.readouterr().err
+    assert main([*words, "full"]) == 0
+    assert "compressed" not in capsys.readouterr().err
+    assert main([*words, "some"]) == 2
+    assert "'some' is no visual budget" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tests.engine.small_backend import checkpoint, picture
 from tests.engine.vllm_double import TextModel, vllm_double
+from tests.model import make_flash
 
 from cascadevl.cli.main import main
 
@@ -159,3 +160,44 @@ def test_killed_at_any_moment_no_answer_is_lost_or_doubled(model: Path, tmp_path
         assert running.wait() == -signal.SIGKILL
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=os.environ)
     assert in_order(out) == in_order(whole / "out.jsonl")
+
+
+def test_a_budget_reaches_every_backend_and_is_reported(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = make_flash.write_flash(tmp_path / "model", max_dynamic_patch=4)
+    text = TextModel(model, tmp_path_factory.mktemp("text") / "half")
+    answers: dict[str, list[Any]] = {}
+    with vllm_double(text) as server:
+        for budget in ("full", "0.5", "compressed", "threshold=0.4,quantile=0.3"):
+            for number, backend in enumerate(("engine", "transformers", server.url)):
+                folder = tmp_path / f"{budget} {number}"
+                folder.mkdir()
+                write_questions(folder, 3)
+                more = ("--backend", backend, "--visual-budget", budget, "--token-ids")
+                assert main(words(model, folder, *more)) == 0
+                rows = in_order(folder / "out.jsonl")
+                answers.setdefault(budget, []).append(
+                    [(row["token_ids"], row["tokens"]) for row in rows]
+                )
+    for ways in answers.values():
+        assert ways[1:] == ways[:1] * 2
+    full, half, compressed = (answers[budget][0][1][1] for budget in ("full", "0.5", "compressed"))
+    tiles = full["tiles"]
+    assert tiles > 1
+    assert (full["compressed_tiles"], full["visual"]) == (0, 4 * tiles)
+    assert (compressed["compressed_tiles"], compressed["visual"]) == (tiles, tiles)
+    assert (half["compressed_tiles"], half["visual"]) == (tiles // 2, 4 * tiles - 3 * (tiles // 2))
+    assert "tiles" not in answers["full"][0][0][1]
+
+
+def test_another_budget_is_another_setting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_flash.write_flash(tmp_path / "model", max_dynamic_patch=4)
+    write_questions(tmp_path, 2)
+    assert main(words(model, tmp_path, "--visual-budget", "0.5")) == 0
+    assert main(words(model, tmp_path, "--visual-budget", "0.6")) == 2
+    assert "visual_budget" in capsys.readouterr().err
+    assert main(words(model, tmp_path, "--visual-budget", "2")) == 2
+    assert "must lie in 0 to 1" in capsys.readouterr().err

@@ -27,8 +27,9 @@ from cascadevl.engine.engine import Engine
 from cascadevl.engine.requests import Completion, EngineConfig, Request, TokenOutput
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import RequestError, ServerError
+from cascadevl.model.routing import KeepShare
 from cascadevl.serving.coupled import Coupled
-from cascadevl.serving.engine_thread import Answers
+from cascadevl.serving.engine_thread import Answers, EngineThread
 from cascadevl.serving.language_server import LanguageServer
 from cascadevl.serving.pipeline import Pipeline
 from cascadevl.serving.vision_server import VisionConfig, VisionServer
@@ -64,6 +65,24 @@ def test_one_process_gives_the_answers_of_the_engine_to_the_bit():
     wishes = requests(PROCESSOR, num_samples=2, sampling=DRAWN)
     coupled = Coupled(Engine(MODEL, PROCESSOR, INVARIANT))
     assert facts(asyncio.run(asked(coupled, wishes))) == facts(by_engine(wishes))
+
+
+def test_tiles_are_routed_by_a_whole_engine_and_refused_by_separate_halves(tmp_path: Path):
+    model = model_for(PROCESSOR, flash_mode=True, flash_heads=3)
+    routed = requests(PROCESSOR, visual_budget=KeepShare(0.5))
+    whole = EngineThread(Engine(model, PROCESSOR, INVARIANT))
+    found = asyncio.run(asked(whole, routed))
+    assert any(answer.usage.compressed_tiles for (answer,) in found)
+    assert facts(found) == facts(by_engine(routed, model))
+    full = requests(PROCESSOR, visual_budget="full")
+
+    async def ask() -> list[tuple[Completion, ...]]:
+        async with decoupled(model, PROCESSOR, tmp_path, engine=INVARIANT) as pipeline:
+            with pytest.raises(RequestError, match="do not route tiles yet"):
+                await all_answers(pipeline, routed)
+            return await all_answers(pipeline, full)
+
+    assert facts(asyncio.run(ask())) == facts(by_engine(full, model))
 
 
 @pytest.mark.parametrize("address", [None, "tcp://127.0.0.1:0"], ids=["ipc", "tcp"])

@@ -42,6 +42,16 @@ class Reply(Protocol):
         """Position step with which each picture was read."""
         ...
 
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the conversation's pictures."""
+        ...
+
+    @property
+    def num_compressed(self) -> int:
+        """Of them, those that a router gave fewer visual tokens."""
+        ...
+
 
 @runtime_checkable
 class Session(Protocol):
@@ -98,6 +108,12 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="X",
         help="position step of a visual token, such as 1/16 (default: the model's)",
     )
+    parser.add_argument(
+        "--visual-budget",
+        metavar="B",
+        help="tiles that a Flash model keeps full: full, compressed, a share (0.5 or 50%%), or "
+        "threshold=P[,quantile=Q] (default: the model's thresholds)",
+    )
     parser.add_argument("--max-new-tokens", type=positive_int, default=1024, metavar="N")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy"
@@ -120,7 +136,9 @@ def run(args: argparse.Namespace) -> int:
     from cascadevl.engine.engine import Engine
     from cascadevl.engine.sampling import SamplingParams
     from cascadevl.model.loading import find
+    from cascadevl.model.routing import parse_budget
 
+    budget = None if args.visual_budget is None else parse_budget(args.visual_budget)
     console, device, folder = Console(), usable_device(args.device), find(args.model)
     with Console(stderr=True).status(f"loading {args.model}"):
         model, processor = cascadevl.load(folder, device=device)
@@ -135,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
         sampling=wishes,
         increments=args.increment,
         thinking={"on": True, "off": False, None: None}[args.thinking],
+        visual_budget=budget,
     )
     chat = Chat(session, console, system=args.system, images=list(args.image))
     if args.question is not None:
@@ -200,6 +219,7 @@ class Chat:
         messages: The conversation so far.
         increment: Position step with which its pictures were last read.
         notes: Where everything else is printed; None for the same place.
+        tiles: Tiles of the conversation, and how many of them were compressed.
     """
 
     session: Session
@@ -209,6 +229,7 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
     increment: float | None = None
     notes: Console | None = None
+    tiles: tuple[int, int] = (0, 0)
 
     def talk(self, read: Callable[[], str]) -> None:
         """Read commands and questions until ``/quit`` or the end of the input.
@@ -253,6 +274,7 @@ class Chat:
         answer: list[str] = []
         reply = self.session.ask(start)
         self._show_increment(reply.increments)
+        self._show_tiles(reply)
         for piece in reply:
             # A model may write an escape sequence, which the terminal must not obey.
             shown = _CONTROL.sub("\ufffd", piece)
@@ -305,6 +327,13 @@ class Chat:
                 "dim",
             )
         self.increment = now
+
+    def _show_tiles(self, reply: Reply) -> None:
+        """Say how many tiles were compressed, where it is not the same as in the last turn."""
+        now = (reply.num_tiles, reply.num_compressed)
+        if now != self.tiles and reply.num_compressed:
+            self._note(f"{now[1]} of {now[0]} tiles compressed", "dim")
+        self.tiles = now
 
     def _note(self, text: str, style: str) -> None:
         notes = self.notes or self.console

@@ -78,6 +78,12 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="position step of a visual token, such as 1/16 (default: the model's)",
     )
+    group.add_argument(
+        "--visual-budget",
+        metavar="B",
+        help="tiles that a Flash model keeps full: full, compressed, a share (0.5 or 50%%), or "
+        "threshold=P[,quantile=Q] (default: the model's thresholds)",
+    )
     group.add_argument("--token-ids", action="store_true", help="write the tokens, too")
     group.add_argument(
         "--logprobs", type=int, metavar="N", help="write log-probabilities, and those of the N best"
@@ -123,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> OfflineConfig:
     from cascadevl.engine.offline import OfflineConfig
+    from cascadevl.model.routing import parse_budget
 
     return OfflineConfig(
         questions=args.questions,
@@ -134,6 +141,7 @@ def _config(args: argparse.Namespace) -> OfflineConfig:
         system=args.system,
         thinking={"on": True, "off": False, None: None}[args.thinking],
         token_ids=args.token_ids,
+        visual_budget=None if args.visual_budget is None else parse_budget(args.visual_budget),
     )
 
 

@@ -227,10 +227,14 @@ def _use_threads(number: int) -> None:
 def _run_coupled(args: argparse.Namespace) -> int:
     import cascadevl
     from cascadevl.serving.coupled import Coupled
+    from cascadevl.serving.engine_thread import EngineThread
 
-    _use_threads(args.threads or _share_of_cores(2))
     model, processor = cascadevl.load(args.model, device=usable_device(args.device))
-    _serve(args, Coupled(_engine(args, model, processor)), processor, model.config)
+    # A router needs the whole engine: the halves, apart even in one process, do not route.
+    routes = model.config.flash_mode
+    _use_threads(args.threads or _share_of_cores(1 if routes else 2))
+    engine = _engine(args, model, processor)
+    _serve(args, EngineThread(engine) if routes else Coupled(engine), processor, model.config)
     return 0
 
 

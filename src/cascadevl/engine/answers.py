@@ -117,11 +117,14 @@ class AnswerState:
                 visual_tokens=self.prompt.num_visual,
                 cached_tokens=self.job.cached or 0,
                 completion_tokens=len(self.job.generated),
+                tiles=len(self.prompt.tiles),
+                compressed_tiles=self.prompt.num_compressed,
             ),
             logprobs=tuple(self.logprobs[: len(ids)]) if wants_logprobs else None,
             increments=self.prompt.increments,
             end_token=end,
             end_logprobs=self.logprobs[-1] if wants_logprobs and end is not None else None,
+            tokens_per_tile=self.prompt.tokens_per_tile,
         )
 
     def _text(self, ids: list[int]) -> str:
@@ -168,7 +171,7 @@ class OpenRequest:
     Attributes:
         number: Its number.
         request: What is asked.
-        prompt: The same, ready to be computed.
+        prompt: The same, ready to be computed once the router has decided.
         num_left: Answers that have not ended.
         states: Answers that have begun.
     """

@@ -175,8 +175,11 @@ def completion(
             visual_tokens=prompt.num_visual,
             cached_tokens=cached_tokens,
             completion_tokens=len(text.token_ids) + isinstance(text.ended_by, int),
+            tiles=len(prompt.tiles),
+            compressed_tiles=prompt.num_compressed,
         ),
         logprobs=logprobs if request.sampling.logprobs is not None else None,
         increments=prompt.increments,
         end_token=text.ended_by if isinstance(text.ended_by, int) else None,
+        tokens_per_tile=prompt.tokens_per_tile,
     )

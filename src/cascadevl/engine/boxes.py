@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol, TypeAlias, runtime_checkable
 
+from cascadevl.engine.answers import OpenRequest
+from cascadevl.engine.prompts import Prompt
 from cascadevl.engine.requests import Completion, Request, StepResult, TokenOutput
 from cascadevl.errors import LogitsError
 
@@ -36,8 +38,8 @@ class Steps(Protocol):
         """Compute a step of all requests."""
         ...
 
-    def increments(self, request_id: int) -> tuple[float, ...]:
-        """Position step with which each picture of an open request is read."""
+    def opened(self, request_id: int) -> OpenRequest:
+        """What is known of a request that is not answered yet; it is kept up to date."""
         ...
 
     @property
@@ -50,16 +52,22 @@ class TokenStream(Iterator[TokenOutput]):
     """The tokens of one request as they come. Read it to the end, or close it.
 
     Attributes:
-        increments: Position step with which each picture is read (V2PE).
         completions: Answers that have ended.
     """
 
     def __init__(self, boxes: Boxes, number: int, box: Box, num_samples: int) -> None:
         """Bind the box of a request."""
-        self.increments = boxes.engine.increments(number)
+        self._asked = boxes.engine.opened(number)
         self.completions: list[Completion] = []
         self._boxes, self._number, self._box = boxes, number, box
         self._num_samples, self._is_closed = num_samples, False
+
+    @property
+    def prompt(self) -> Prompt:
+        """What is read, once it is known how many tokens each tile has: waits for the router."""
+        while self._asked.prompt.unrouted is not None and self._asked.num_left:
+            self._boxes.engine.step()
+        return self._asked.prompt
 
     def __next__(self) -> TokenOutput:
         """The next token, of whichever sample."""

@@ -15,7 +15,9 @@ from cascadevl.engine.requests import Completion, EngineConfig, FinishReason, Re
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import RequestError
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.model.routing import VisualBudget, budget_for, most_tokens
 from cascadevl.model.v2pe import Increments, increment_of
+from cascadevl.sequence import tokens_per_image
 from cascadevl.types import Example
 
 
@@ -28,12 +30,14 @@ class Answer:
         token_ids: Its tokens, the end-of-turn token excluded.
         finish_reason: How it ended: by itself or at a stop string, or at its limit of tokens.
         increments: Position step with which each picture of the question was read (V2PE).
+        tokens_per_tile: Visual tokens of each tile of its pictures, as the router decided.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
     increments: tuple[float, ...] = ()
+    tokens_per_tile: tuple[int, ...] = ()
 
 
 def answer(
@@ -48,6 +52,7 @@ def answer(
     seed: int | None = None,
     stop: Sequence[str] = (),
     increments: float | Sequence[Increments | None] | None = None,
+    visual_budget: VisualBudget | None = None,
     config: EngineConfig | None = None,
 ) -> list[Answer]:
     """Answer prompts with an engine that is made for them; pictures are encoded once.
@@ -67,6 +72,8 @@ def answer(
             one for all its pictures or one for each. Where none is given, an example's own, or
             the configuration's: ``auto`` gives each prompt the largest that fits, so that it is
             answered in a batch as it is alone.
+        visual_budget: Which tiles of each prompt are compressed, if the model has a router; the
+            configuration's thresholds where none is given.
         config: How much may be held and done at once.
 
     Raises:
@@ -87,7 +94,12 @@ def answer(
             max_tokens=max_new_tokens,
             stop=tuple(stop),
         )
-        return Request(prompt=example, sampling=sampling, increments=each[place])
+        return Request(
+            prompt=example,
+            sampling=sampling,
+            increments=each[place],
+            visual_budget=visual_budget,
+        )
 
     engine = Engine(model, processor, config)
     found = engine.generate(request(place, prompt) for place, prompt in enumerate(prompts))
@@ -101,6 +113,7 @@ def _answer(said: Completion) -> Answer:
         token_ids=said.token_ids,
         finish_reason=said.finish_reason,
         increments=said.increments,
+        tokens_per_tile=said.tokens_per_tile,
     )
 
 
@@ -125,15 +138,28 @@ class AnswerStream(Iterator[str]):
     Text that may be the beginning of a stop string waits as well.
 
     Attributes:
-        increments: Position step with which each picture was read (V2PE).
         finish_reason: How the answer ended; None while it has not.
     """
 
     def __init__(self, tokens: TokenStream) -> None:
         """Bind the tokens of a request for one answer."""
-        self.increments = tokens.increments
         self.finish_reason: FinishReason | None = None
         self._tokens = tokens
+
+    @property
+    def increments(self) -> tuple[float, ...]:
+        """Position step with which each picture was read (V2PE); waits for the router."""
+        return self._tokens.prompt.increments
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the conversation's pictures."""
+        return len(self._tokens.prompt.tiles)
+
+    @property
+    def num_compressed(self) -> int:
+        """Of them, those with fewer visual tokens than a full one; waits for the router."""
+        return self._tokens.prompt.num_compressed
 
     def __next__(self) -> str:
         """The next piece; tokens that make no text certain give none."""
@@ -175,6 +201,8 @@ class Session:
         increments: Position step of all pictures, or of each; the configuration's where not given.
         system: System message instead of the processor's.
         thinking: Whether to reason first; see `CascadeVLProcessor.prompt`.
+        visual_budget: Which tiles are compressed, if the model has a router. It decides anew in
+            every turn, for all tiles there are; where it decides otherwise, a turn is read anew.
     """
 
     engine: Engine
@@ -182,6 +210,7 @@ class Session:
     increments: Increments | None = None
     system: str | None = None
     thinking: bool | None = None
+    visual_budget: VisualBudget | None = None
 
     def __post_init__(self) -> None:
         """Begin with nothing read."""
@@ -215,17 +244,24 @@ class Session:
                 example, system=self.system, thinking=self.thinking
             )
         increments = self._increments_for(example)
-        request = Request(prompt=example, sampling=self.sampling, increments=increments)
+        request = Request(
+            prompt=example,
+            sampling=self.sampling,
+            increments=increments,
+            visual_budget=self.visual_budget,
+        )
         self._answering = AnswerStream(self.engine.stream(request))
         return self._answering
 
     def _increments_for(self, example: Example) -> Increments | None:
         """Given ones, None for the example's own, or the one chosen for this conversation."""
-        model = self.engine.model
-        tokens = [tiles * model.tokens_per_tile for tiles in example.tiles_per_image]
-        if self.increments is not None or example.increments or not tokens:
+        config, number = self.engine.model.config, len(example.tiles_per_image)
+        if self.increments is not None or example.increments or not number:
             return self.increments
-        num_text = len(example.input_ids) - len(tokens)
-        largest = increment_of(model.config, num_text, tokens, self.sampling.max_tokens)
+        budget = budget_for(config, self.visual_budget)
+        most = most_tokens(config, example.num_tiles, budget)  # the router has not decided yet
+        tokens = tokens_per_image(example.tiles_per_image, most)
+        num_text = len(example.input_ids) - number
+        largest = increment_of(config, num_text, tokens, self.sampling.max_tokens)
         self._chosen = largest if self._chosen is None else min(self._chosen, largest)
         return self._chosen

@@ -11,8 +11,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cascadevl.engine.prompts import Prompt
+from cascadevl.engine.prompts import Prompt, prepare, routed
+from cascadevl.engine.requests import Request
 from cascadevl.engine.vision import VisionCache
+
+
+def prepared(request: Request, vision: VisionCache) -> Prompt:
+    """The prompt of a request, routed.
+
+    Args:
+        request: What is asked.
+        vision: Encodes its tiles, if a router must decide how many tokens they get.
+
+    Raises:
+        RequestError: If it does not fit the model.
+    """
+    prompt = prepare(request, vision.model.config)
+    if prompt.unrouted is None:
+        return prompt
+    return routed(prompt.unrouted, vision.probabilities(prompt.unrouted.undecided))
 
 
 @torch.inference_mode()

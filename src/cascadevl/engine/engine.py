@@ -1,9 +1,10 @@
 """One engine for chat, servers, rollouts and evaluation: requests in, tokens out, step by step.
 
-A request travels so: `prompts.prepare` expands it; the `Scheduler` gives it pages and plans which
-of its tokens are computed when; the `VisionCache` makes its visual tokens; the `Runner` computes
-the step for all running answers at once; `sample` chooses their next tokens; and an `AnswerState`
-sees when an answer has ended. docs/concepts/engine.md tells it in full.
+A request travels so: `prompts.prepare` expands it; if a router is to decide how many tokens its
+tiles get, it waits in `Routes` until they are encoded; the `Scheduler` gives it pages and plans
+which of its tokens are computed when; the `VisionCache` makes its visual tokens; the `Runner`
+computes the step for all running answers at once; `sample` chooses their next tokens; and an
+`AnswerState` sees when an answer has ended. docs/concepts/engine.md tells it in full.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from cascadevl.engine.requests import (
     StepResult,
     TokenOutput,
 )
+from cascadevl.engine.routes import Routes
 from cascadevl.engine.runner import Runner, page_bytes
 from cascadevl.engine.scheduler import Scheduler
 from cascadevl.engine.vision import VisionCache
@@ -84,6 +86,7 @@ class Engine:
         self._vision = VisionCache(
             model, config.feature_bytes, batch_invariant=config.batch_invariant
         )
+        self._routes = Routes(self._vision)
         self._chooser = Chooser(model, processor)
         self._open: dict[int, OpenRequest] = {}
         self._numbers = itertools.count()
@@ -104,7 +107,8 @@ class Engine:
 
         Raises:
             RequestError: If it can never be answered: it does not fit the trained context or the
-                pages there are, or does not fit the model.
+                pages there are, even with all tiles that a router might keep full, or does not
+                fit the model.
         """
         prompt = prepare(request, self.model.config)
         self._scheduler.check_size(len(prompt.tokens), request.sampling.max_tokens)
@@ -114,9 +118,9 @@ class Engine:
         self._inbox.append(asked)
         return asked.number
 
-    def increments(self, request_id: int) -> tuple[float, ...]:
-        """Position step with which each picture is read, of a request that is not answered yet."""
-        return self._open[request_id].prompt.increments
+    def opened(self, request_id: int) -> OpenRequest:
+        """What is known of a request that is not answered yet; it is kept up to date."""
+        return self._open[request_id]
 
     def cancel(self, request_id: int) -> None:
         """Call a request off; what it holds is free at once, or after the step being computed.
@@ -143,7 +147,8 @@ class Engine:
         """
         with self._lock, evaluating(self.model):
             self._take_in()
-            plan = self._scheduler.plan(self._vision.limit(self._tiles, self.config.max_step_tiles))
+            most = max(1, self.config.max_step_tiles - self._route())  # nobody waits forever
+            plan = self._scheduler.plan(self._vision.limit(self._tiles, most))
             self._counts["preempted"] += plan.preempted
             states = self._compute(plan) if plan.num_tokens else []
             result = self._report(states)
@@ -154,13 +159,14 @@ class Engine:
     def num_waiting(self) -> int:
         """Answers that wait for their turn, preempted ones included."""
         added = sum(isinstance(each, OpenRequest) for each in self._inbox)
-        return len(self._scheduler.waiting) + added
+        return len(self._scheduler.waiting) + len(self._routes) + added
 
     @property
     def is_idle(self) -> bool:
         """Whether a step would bring nothing."""
         scheduler = self._scheduler
-        return not (scheduler.running or scheduler.waiting or self._inbox or self._cancelled)
+        waits = scheduler.waiting or self._routes or self._inbox
+        return not (scheduler.running or waits or self._cancelled)
 
     def generate(self, requests: Iterable[Request]) -> list[tuple[Completion, ...]]:
         """All answers of all requests, in order.
@@ -224,6 +230,7 @@ class Engine:
     def _forget(self) -> None:
         self._scheduler.forget()
         self._vision.forget()
+        self._routes.forget()
 
     def stats(self) -> EngineStats:
         """What is held, and has been done so far."""
@@ -255,13 +262,27 @@ class Engine:
         """Take note of what was added and called off."""
         while self._inbox:
             each = self._inbox.popleft()
-            if isinstance(each, OpenRequest):
+            if isinstance(each, OpenRequest) and each.prompt.unrouted is not None:
+                self._routes.add(each)
+            elif isinstance(each, OpenRequest):
                 self._scheduler.add(each.leader(self.config.page_tokens))
             elif each in self._open:
                 self._call_off(self._open[each])
 
+    def _route(self) -> int:
+        """Let the router decide on requests whose turn it is; how many tiles were encoded."""
+        waiting = self._scheduler.waiting
+        ready, encoded = self._routes.advance(
+            self.config.max_step_tiles, before=waiting[0].arrival if waiting else None
+        )
+        for asked in ready:
+            self._scheduler.add(asked.leader(self.config.page_tokens))
+        return encoded
+
     def _call_off(self, asked: OpenRequest) -> None:
         scheduler = self._scheduler
+        if self._routes.drop(asked):
+            scheduler.add(asked.leader(self.config.page_tokens))  # to be taken off like all others
         jobs = [
             job for job in (*scheduler.running, *scheduler.waiting) if job.arrival == asked.number
         ]

@@ -22,6 +22,7 @@ from cascadevl.engine.backends import Backend
 from cascadevl.engine.requests import Completion, Request
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import ConfigError, DataError, RequestError
+from cascadevl.model.routing import VisualBudget
 from cascadevl.model.v2pe import Increments
 
 Progress = Callable[[int, int, int], None]
@@ -43,6 +44,8 @@ class OfflineConfig:
         system: System message of conversations that have none; the model's if None.
         thinking: Whether to reason first; as the conversation says if None.
         token_ids: Whether the tokens of an answer are written, too.
+        visual_budget: Which tiles of a question are compressed, if the model has a router; its
+            own thresholds if None.
     """
 
     questions: Path
@@ -54,6 +57,7 @@ class OfflineConfig:
     system: str | None = None
     thinking: bool | None = None
     token_ids: bool = False
+    visual_budget: VisualBudget | None = None
 
     @property
     def journal(self) -> Path:
@@ -63,7 +67,10 @@ class OfflineConfig:
     def settings(self) -> dict[str, Any]:
         """What the answers depend on, files left out: those may move."""
         values = asdict(self)
-        return {name: values[name] for name in values if name not in ("questions", "out", "root")}
+        left_out = {"questions", "out", "root"}
+        if self.visual_budget is None:
+            left_out.add("visual_budget")  # as in journals of models without one
+        return {name: values[name] for name in values if name not in left_out}
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +212,7 @@ class _Asking:
             sampling=sampling,
             num_samples=config.num_samples,
             increments=config.increments,
+            visual_budget=config.visual_budget,
         )
 
 
@@ -232,6 +240,9 @@ def _row(answer: Completion, line: int, name: RecordId, config: OfflineConfig) -
             "completion": answer.usage.completion_tokens,
         },
     }
+    if answer.usage.tiles:
+        row["tokens"]["tiles"] = answer.usage.tiles
+        row["tokens"]["compressed_tiles"] = answer.usage.compressed_tiles
     if config.token_ids:
         row["token_ids"] = list(answer.token_ids)
     if answer.logprobs is not None:

@@ -1,6 +1,8 @@
 """From a request to a prompt: its tokens, where they sit, and what makes the visual ones.
 
-The one place where a request is held against the model.
+The one place where a request is held against the model. How many visual tokens a tile gets may be
+for the router to decide, which knows only once the tile is encoded. Until then a prompt is laid out
+as long as it can become, so that a request which may not fit is refused when it comes.
 """
 
 from __future__ import annotations
@@ -10,17 +12,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cascadevl.engine.cache import PromptTokens
-from cascadevl.engine.requests import ImageFeatures, PromptPart, Request, TextIds
+from cascadevl.engine.contents import Content, Picture, contents_of
+from cascadevl.engine.requests import Request
 from cascadevl.errors import RequestError
 from cascadevl.model.configuration import CascadeVLConfig
+from cascadevl.model.routing import (
+    VisualBudget,
+    budget_for,
+    compressed_tiles,
+    most_tokens,
+    settled,
+    tokens_of,
+)
 from cascadevl.model.v2pe import Increments, increments_of
-from cascadevl.sequence import expand
-from cascadevl.types import NO_PARENT, Example, VisualFeatures
+from cascadevl.sequence import expand, tokens_per_image
+from cascadevl.types import NO_PARENT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,16 +40,48 @@ class Tile:
     Attributes:
         start: Place of its first visual token.
         stop: Place behind its last one.
-        key: Equal only for equal contents.
-        pixels: What it looks like, if it is to be encoded.
-        features: Its visual tokens, if they came with the request.
+        content: What it shows.
     """
 
     start: int
     stop: int
-    key: bytes
-    pixels: UInt8[np.ndarray, "px px 3"] | None = None
-    features: Float[Tensor, "visual_tokens hidden"] | None = None
+    content: Content
+
+    @property
+    def num_tokens(self) -> int:
+        """Its visual tokens."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unrouted:
+    """A request that waits for the router.
+
+    Attributes:
+        request: What is asked.
+        config: Of the model that is asked.
+        ids: Its tokens, one for each picture.
+        pictures: Its pictures.
+        increments: Position step of visual tokens that the request brings, if it does.
+        budget: By which the router decides.
+    """
+
+    request: Request
+    config: CascadeVLConfig
+    ids: Int[np.ndarray, " slots"]
+    pictures: Sequence[Picture]
+    increments: Increments | None
+    budget: VisualBudget
+
+    @property
+    def contents(self) -> list[Content]:
+        """All tiles."""
+        return [content for picture in self.pictures for content in picture]
+
+    @property
+    def undecided(self) -> list[Content]:
+        """Tiles whose number of visual tokens is for the router to decide."""
+        return [content for content in self.contents if content.num_tokens is None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,16 +92,26 @@ class Prompt:
         tokens: Its tokens and positions.
         tiles: Its tiles, in the order of their tokens.
         increments: Position step of each picture's visual tokens.
+        num_compressed: Tiles with fewer visual tokens than a full one.
+        unrouted: What the router is to decide first; the rest is then what it may become at most.
+            None once it is decided.
     """
 
     tokens: PromptTokens
     tiles: tuple[Tile, ...]
     increments: tuple[float, ...]
+    num_compressed: int = 0
+    unrouted: Unrouted | None = None
+
+    @property
+    def tokens_per_tile(self) -> tuple[int, ...]:
+        """Visual tokens of each tile."""
+        return tuple(tile.num_tokens for tile in self.tiles)
 
     @property
     def num_visual(self) -> int:
         """Visual tokens among the tokens."""
-        return sum(tile.stop - tile.start for tile in self.tiles)
+        return sum(self.tokens_per_tile)
 
 
 def prepare(request: Request, config: CascadeVLConfig) -> Prompt:
@@ -69,163 +121,89 @@ def prepare(request: Request, config: CascadeVLConfig) -> Prompt:
         request: What is asked.
         config: Of the model that is asked.
 
+    Returns:
+        The prompt; with `Prompt.unrouted`, if its tiles must be encoded to know which of them
+        are compressed (`routed`).
+
     Raises:
         RequestError: If the prompt and the tokens asked for do not fit the trained context, a
-            part does not fit the model, increments are not as many as pictures, or an example has
-            branches.
+            part does not fit the model, increments are not as many as pictures, an example has
+            branches, or a visual budget is given to a model without a router.
     """
-    if isinstance(request.prompt, Example):
-        ids, pictures, given = _of_example(request.prompt, config)
-        source = request.prompt.source
-    else:
-        ids, pictures, given = _of_parts(request.prompt, config)
-        source = "the prompt"
-    if request.increments is not None:
-        given = request.increments
-    counts = [sum(tile.num_tokens for tile in picture) for picture in pictures]
-    increments = increments_of(
-        config, len(ids) - len(counts), counts, request.sampling.max_tokens, given
-    )
+    budget = budget_for(config, request.visual_budget)
+    ids, pictures, increments = contents_of(request, config)
+    asked = Unrouted(request, config, ids, pictures, increments, budget)
+    number = len(asked.undecided)
+    whole = settled(budget, number)
+    counts = most_tokens(config, number, budget if whole is None else whole)
+    return _laid_out(asked, counts, unrouted=asked if whole is None else None)
+
+
+def routed(asked: Unrouted, probability: Float[Tensor, " tiles"]) -> Prompt:
+    """The prompt that the router makes of a request.
+
+    Args:
+        asked: The request.
+        probability: The router's, of compressing each of its undecided tiles.
+    """
+    counts = tokens_of(asked.config, compressed_tiles(probability, asked.budget))
+    return _laid_out(asked, counts, unrouted=None)
+
+
+def _laid_out(asked: Unrouted, counts: Sequence[int], *, unrouted: Unrouted | None) -> Prompt:
+    """The prompt with so many visual tokens for each of its undecided tiles."""
+    config, request = asked.config, asked.request
+    decided = iter(counts)
+    each = [next(decided) if c.num_tokens is None else c.num_tokens for c in asked.contents]
+    images = tokens_per_image([len(picture) for picture in asked.pictures], each)
+    text = len(asked.ids) - len(images)
+    increments = increments_of(config, text, images, request.sampling.max_tokens, asked.increments)
     expanded = expand(
-        ids,
-        np.zeros(len(ids), dtype=np.bool_),
-        np.zeros(len(ids), dtype=np.int64),
+        asked.ids,
+        np.zeros(len(asked.ids), dtype=np.bool_),
+        np.zeros(len(asked.ids), dtype=np.int64),
         (NO_PARENT,),
         image_token_id=config.image_token_id,
-        tokens_per_image=counts,
+        tokens_per_image=images,
         increments=increments,
         ceil_after_image=config.ceil_after_image,
-        source=source,
+        source=request.source,
     )
     if config.ceil_after_image and expanded.is_visual[-1]:
         raise RequestError(
-            f"{source} ends within a picture, and positions are rounded up after one; close it "
-            f"with </img>"
+            f"{request.source} ends within a picture, and positions are rounded up after one; "
+            f"close it with </img>"
         )
-    tiles, spans = _placed(pictures, np.flatnonzero(expanded.is_visual))
-    return Prompt(PromptTokens(expanded.input_ids, expanded.position_ids, spans), tiles, increments)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Unplaced:
-    """A tile that has no place yet."""
-
-    key: bytes
-    num_tokens: int
-    pixels: UInt8[np.ndarray, "px px 3"] | None = None
-    features: Float[Tensor, "visual_tokens hidden"] | None = None
-
-
-def _of_example(
-    example: Example, config: CascadeVLConfig
-) -> tuple[Int[np.ndarray, " slots"], list[list[_Unplaced]], Increments | None]:
-    if example.parents != (NO_PARENT,):
-        raise RequestError(
-            f"{example.source} has {len(example.parents)} segments; only a conversation without "
-            f"branches can be answered"
-        )
-    ends = np.cumsum(example.tiles_per_image).tolist()
-    pictures = [
-        _cut(example.tiles[end - count : end], config)
-        for end, count in zip(ends, example.tiles_per_image, strict=True)
-    ]
-    return example.input_ids, pictures, example.increments or None
-
-
-def _of_parts(
-    parts: Sequence[PromptPart], config: CascadeVLConfig
-) -> tuple[Int[np.ndarray, " slots"], list[list[_Unplaced]], None]:
-    ids: list[int] = []
-    pictures: list[list[_Unplaced]] = []
-    for part in parts:
-        if isinstance(part, TextIds):
-            _check_ids(part.ids, config)
-            ids += part.ids
-            continue
-        ids.append(config.image_token_id)
-        if isinstance(part, ImageFeatures):
-            pictures.append(_encoded(part, config))
-        else:
-            pictures.append(_cut(part.tiles, config))
-    if not ids:
-        raise RequestError("the prompt has no tokens; an answer needs at least one before it")
-    return np.asarray(ids, dtype=np.int64), pictures, None
-
-
-def _check_ids(ids: Sequence[int], config: CascadeVLConfig) -> None:
-    vocab_size = config.text_config.vocab_size
-    wrong = [number for number in ids if not 0 <= number < vocab_size]
-    if wrong:
-        raise RequestError(f"token {wrong[0]} is not one of the model's {vocab_size} tokens")
-    if config.image_token_id in ids:
-        raise RequestError(
-            f"the text holds the image-context token {config.image_token_id}; give every picture "
-            f"as a part of its own"
-        )
-
-
-def _cut(tiles: UInt8[np.ndarray, "tiles px px 3"], config: CascadeVLConfig) -> list[_Unplaced]:
-    """The tiles of a picture that the model encodes."""
-    size = config.vision_config.image_size
-    wanted = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    if len(tiles) == 0 or tiles.shape[1:3] != wanted:
-        raise RequestError(
-            f"a picture has {len(tiles)} tiles of {tiles.shape[1]} x {tiles.shape[2]} pixels; the "
-            f"model takes at least one, of {wanted[0]} x {wanted[1]}"
-        )
-    number = config.tokens_per_tile
-    return [_Unplaced(_fingerprint(tile), number, pixels=tile) for tile in tiles]
-
-
-def _encoded(picture: ImageFeatures, config: CascadeVLConfig) -> list[_Unplaced]:
-    """The tiles of a picture whose visual tokens are there."""
-    width = config.text_config.hidden_size
-    tiles = [tile for group in picture.groups for tile in _tiles(group, width)]
-    if not tiles:
-        raise RequestError("a picture has no visual tokens; give the features of at least one tile")
-    return tiles
-
-
-def _tiles(features: VisualFeatures, width: int) -> list[_Unplaced]:
-    _, number, hidden = features.projected.shape
-    if hidden != width or number == 0:
-        raise RequestError(
-            f"features have {number} visual tokens a tile of width {hidden}; the model takes at "
-            f"least one, of width {width}: they come from another model"
-        )
-    label = f"features {features.weight_version}".encode()
-    return [
-        _Unplaced(_fingerprint(_bytes_of(tile), label), number, features=tile)
-        for tile in features.projected
-    ]
-
-
-def _bytes_of(values: Float[Tensor, "tokens hidden"]) -> UInt8[np.ndarray, "tokens bytes"]:
-    found: np.ndarray = values.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return found
-
-
-def _fingerprint(content: UInt8[np.ndarray, ...], label: bytes = b"tile") -> bytes:
-    digest = hashlib.blake2b(label + f"{content.shape}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(content).tobytes())
-    return digest.digest()
+    tiles, spans = _placed(asked.pictures, each, np.flatnonzero(expanded.is_visual))
+    return Prompt(
+        PromptTokens(expanded.input_ids, expanded.position_ids, spans),
+        tiles,
+        increments,
+        num_compressed=sum(number < config.tokens_per_tile for number in each),
+        unrouted=unrouted,
+    )
 
 
 def _placed(
-    pictures: Sequence[Sequence[_Unplaced]], places: Int[np.ndarray, " visual"]
+    pictures: Sequence[Picture], counts: Sequence[int], places: Int[np.ndarray, " visual"]
 ) -> tuple[tuple[Tile, ...], tuple[tuple[int, int, bytes], ...]]:
-    """Tiles with their places, and first token, end and fingerprint of every picture."""
+    """Tiles with their places, and first token, end and fingerprint of every picture.
+
+    The fingerprint tells full and compressed tiles apart: prompts of equal length differ in
+    which tiles are which.
+    """
     tiles: list[Tile] = []
     spans: list[tuple[int, int, bytes]] = []
+    number = iter(counts)
     done = 0
     for picture in pictures:
-        first = int(places[done])
-        start = first
-        for tile in picture:
-            stop = start + tile.num_tokens
-            tiles.append(Tile(start, stop, tile.key, tile.pixels, tile.features))
+        first = start = int(places[done])
+        content = hashlib.blake2b(digest_size=16)
+        for each in picture:
+            stop = start + next(number)
+            tiles.append(Tile(start, stop, each))
+            content.update(each.key + (stop - start).to_bytes(8, "little"))
             start = stop
         done += start - first
-        contents = b"".join(tile.key for tile in picture)
-        spans.append((first, start, hashlib.blake2b(contents, digest_size=16).digest()))
+        spans.append((first, start, content.digest()))
     return tuple(tiles), tuple(spans)

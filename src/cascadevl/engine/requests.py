@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import ConfigError, RequestError
+from cascadevl.model.routing import VisualBudget
 from cascadevl.model.v2pe import Increments
 from cascadevl.types import Example, VisualFeatures
 
@@ -44,8 +45,9 @@ class ImageFeatures:
     """One picture whose visual tokens are made already.
 
     Attributes:
-        groups: Its tiles in their order. Each group is a run of tiles with equally many visual
-            tokens; a picture with full and compressed tiles (InternVL3.5-Flash) has several.
+        groups: Its tiles in their order. Each group is a run of tiles, either as visual tokens,
+            equally many each (a picture with full and compressed tiles has several groups), or as
+            patch features with what the router thinks of them, to be routed by the budget.
     """
 
     groups: tuple[VisualFeatures, ...]
@@ -66,6 +68,8 @@ class Request:
             its own, which depends on the seed and the number of the sample alone.
         increments: Position step of visual tokens (V2PE), one for all pictures or one for each;
             None for the example's own, or the one the model's configuration chooses.
+        visual_budget: Which tiles are compressed, if the model has a router (InternVL3.5-Flash);
+            None for the thresholds of its configuration.
         stream: Whether `Engine.step` reports every token, or only how answers ended.
     """
 
@@ -73,6 +77,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     num_samples: int = 1
     increments: Increments | None = None
+    visual_budget: VisualBudget | None = None
     stream: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +91,11 @@ class Request:
         parts = self.prompt.input_ids if isinstance(self.prompt, Example) else self.prompt
         if len(parts) == 0:
             raise RequestError("the prompt is empty; an answer needs at least one token before it")
+
+    @property
+    def source(self) -> str:
+        """Where the prompt comes from, for errors."""
+        return self.prompt.source if isinstance(self.prompt, Example) else "the prompt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +120,16 @@ class Usage:
         visual_tokens: Visual tokens among them.
         cached_tokens: Tokens of the prompt whose keys and values were there already.
         completion_tokens: Tokens of the answer, a stop token included.
+        tiles: Tiles of the prompt's pictures.
+        compressed_tiles: Of them, those with fewer visual tokens than a full one.
     """
 
     prompt_tokens: int
     visual_tokens: int
     cached_tokens: int
     completion_tokens: int
+    tiles: int = 0
+    compressed_tiles: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +170,7 @@ class Completion:
         increments: Position step with which each picture of the prompt was read (V2PE).
         end_token: The stop token that ended it, if one did.
         end_logprobs: What the model thought of that, if the request asked and the backend knows.
+        tokens_per_tile: Visual tokens of each tile of the prompt, as the router decided.
     """
 
     request_id: int
@@ -168,6 +183,7 @@ class Completion:
     increments: tuple[float, ...] = ()
     end_token: int | None = None
     end_logprobs: TokenLogprobs | None = None
+    tokens_per_tile: tuple[int, ...] = ()
 
     @property
     def drawn(self) -> tuple[int, ...]:
@@ -201,7 +217,8 @@ class EngineConfig:
         max_step_tokens: Most tokens of one step, decoded ones included; longer prompts are read in
             chunks, so that running answers go on meanwhile.
         max_step_tiles: Most tiles encoded in one step, for the same reason.
-        feature_bytes: Memory for visual tokens that are kept for a next question.
+        feature_bytes: Memory for visual tokens that are kept for a next question; of a model with
+            a router, for patch features.
         prefix_cache: Whether pages of ended requests are kept until their place is needed.
         batch_invariant: Compute every answer with the same operations whatever else runs, so that
             it is equal bit for bit; slower.

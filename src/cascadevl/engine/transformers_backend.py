@@ -18,8 +18,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.backends import Capabilities, Outcome, check_wishes, completion, ends_of
-from cascadevl.engine.embeds import embed
-from cascadevl.engine.prompts import Prompt, prepare
+from cascadevl.engine.embeds import embed, prepared
+from cascadevl.engine.prompts import Prompt
 from cascadevl.engine.requests import Completion, Request, TokenLogprobs, TokenOutput
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.engine.stops import AnswerText, check_stops
@@ -104,8 +104,8 @@ class TransformersBackend:
     def _asked(self, number: int, request: Request) -> Asked:
         check_wishes(request, self.capabilities, _NAME)
         check_stops(self.processor, request.sampling.stop)
-        prompt = prepare(request, self.model.config)
         with self._lock:
+            prompt = prepared(request, self._vision)
             return number, request, prompt, embed(prompt, self._vision)
 
     def _answers(self, batch: Sequence[Asked]) -> Iterator[Outcome]:

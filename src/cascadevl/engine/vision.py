@@ -1,13 +1,17 @@
-"""Visual tokens of tiles: encoded for many requests at once, and kept for a next question.
+"""What tiles show: encoded for many requests at once, and kept for a next question.
 
 What is kept is found by the content of a tile, up to a limit of bytes, the longest unused is let go
-first.
+first. Of a plain model visual tokens are kept. Of one with a router it is what does not depend on a
+request: patch features, of which full and compressed visual tokens are made when they are needed,
+and the router's probability. So a picture that is asked about with another budget is not encoded
+again.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -16,10 +20,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cascadevl.data.tiling import normalise
+from cascadevl.engine.contents import Content
 from cascadevl.engine.jobs import Chunk, Job
 from cascadevl.engine.prompts import Tile
 from cascadevl.engine.scheduler import Limit
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.types import VisualFeatures
 
 TilesOf: TypeAlias = Callable[[Job], Sequence[Tile]]
 """Gives the tiles of a job's prompt."""
@@ -29,6 +35,27 @@ Visual: TypeAlias = Callable[[Chunk], Tensor | None]
 
 _FIXED_TILES = 4
 """Tiles encoded at once where each is to be encoded with the same operations always."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """What is known of a tile, whatever is asked about it.
+
+    Attributes:
+        projected: Its visual tokens, where no router decides how many there are.
+        patches: Its patch features otherwise.
+        compress: With them, the router's probability of compressing it.
+    """
+
+    projected: Float[Tensor, "visual_tokens hidden"] | None = None
+    patches: Float[Tensor, "patches channels"] | None = None
+    compress: Float[Tensor, ""] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Its memory."""
+        held = (self.projected, self.patches, self.compress)
+        return sum(each.nbytes for each in held if each is not None)
 
 
 class VisionCache:
@@ -49,18 +76,21 @@ class VisionCache:
             batch_invariant: Encode tiles in groups of a fixed size, filled up with black ones.
         """
         self.model, self.max_bytes, self.batch_invariant = model, max_bytes, batch_invariant
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()  # longest unused first
+        self._kept: OrderedDict[bytes, Encoded] = OrderedDict()  # longest unused first
+        self._unused: set[bytes] = set()  # encoded for the router, and not read since
         self._bytes = 0
         self.num_encoded = 0
         self.num_found = 0
 
-    def knows(self, key: bytes) -> bool:
-        """Whether the visual tokens of a tile are there."""
-        return key in self._kept
+    def knows(self, content: Content) -> bool:
+        """Whether a tile need not be encoded."""
+        came_encoded = content.features is not None or content.patches is not None
+        return came_encoded or content.key in self._kept
 
     def forget(self) -> None:
         """Forget everything, for new weights."""
         self._kept.clear()
+        self._unused.clear()
         self._bytes = 0
 
     def limit(self, tiles_of: TilesOf, most: int) -> Limit:
@@ -76,17 +106,18 @@ class VisionCache:
             new = [
                 tile
                 for tile in tiles_between(tiles_of(job), start, stop)
-                if tile.features is None and not self.knows(tile.key)
+                if not self.knows(tile.content)
             ]
             if self.batch_invariant:
-                if planned and len(planned.union(tile.key for tile in new)) > most:
+                keys = {tile.content.key for tile in new}
+                if planned and len(planned | keys) > most:
                     return start
-                planned.update(tile.key for tile in new)
+                planned.update(keys)
                 return stop
             for tile in new:
-                if len(planned | {tile.key}) > most:
+                if len(planned | {tile.content.key}) > most:
                     return max(start, tile.start)
-                planned.add(tile.key)
+                planned.add(tile.content.key)
             return stop
 
         return limit
@@ -110,55 +141,116 @@ class VisionCache:
     @torch.inference_mode()
     def features(self, tiles: Sequence[Tile]) -> list[Float[Tensor, "visual_tokens hidden"]]:
         """Visual tokens of tiles, each encoded once however often it occurs."""
-        if not tiles:
-            return []
         model = self.model
-        found = {tile.key: tile.features for tile in tiles if tile.features is not None}
-        new = {
-            tile.key: tile for tile in tiles if tile.key not in found and not self.knows(tile.key)
-        }
-        for tile in tiles:
-            if tile.key in self._kept:
-                self._kept.move_to_end(tile.key)
-                self.num_found += 1
-        if new:
-            pixels = [tile.pixels for tile in new.values()]
-            encoded = self._encode([each for each in pixels if each is not None])
-            assert len(encoded) == len(new), "a tile has neither pixels nor features"
-            for key, projected in zip(new, encoded, strict=True):
-                self._keep(key, projected)
-        given = {
-            key: each.to(model.device, model.dtype)
-            for key, each in found.items()
-            if each is not None
-        }
-        result = [given[tile.key] if tile.key in given else self._kept[tile.key] for tile in tiles]
+        to_make = [tile for tile in tiles if tile.content.features is None]
+        contents = [tile.content for tile in to_make]
+        self._count_found(contents)
+        made = self._visual(to_make, self._encoded(contents))
+        result = [
+            made[tile.content.key, tile.num_tokens]
+            if tile.content.features is None
+            else tile.content.features.to(model.device, model.dtype)
+            for tile in tiles
+        ]
         self._shrink()
         return result
 
-    def _encode(self, pixels: list[np.ndarray]) -> list[Tensor]:
+    @torch.inference_mode()
+    def probabilities(self, contents: Sequence[Content]) -> Float[Tensor, " tiles"]:
+        """The router's probability of compressing each of some tiles.
+
+        Args:
+            contents: At least one tile, whose visual tokens are not made yet.
+        """
+        new = {content.key for content in contents if not self.knows(content)}
+        encoded = self._encoded(contents)
+        self._unused |= new
+        chances = [encoded[content.key].compress for content in contents]
+        self._shrink()
+        return torch.stack([each for each in chances if each is not None])
+
+    def _count_found(self, contents: Sequence[Content]) -> None:
+        for content in contents:
+            if content.key in self._kept:
+                self._kept.move_to_end(content.key)
+                self.num_found += content.key not in self._unused
+                self._unused.discard(content.key)
+
+    def _encoded(self, contents: Sequence[Content]) -> dict[bytes, Encoded]:
+        """What is known of tiles by their keys; what is not known yet is encoded, all at once."""
+        new = {content.key: content for content in contents if not self.knows(content)}
+        if new:
+            pixels = [content.pixels for content in new.values()]
+            encoded = self._encode([each for each in pixels if each is not None])
+            assert len(encoded) == len(new), "a tile has neither pixels nor features"
+            for key, each in zip(new, encoded, strict=True):
+                self._kept[key] = each
+                self._bytes += each.num_bytes
+        return {
+            content.key: self._kept[content.key]
+            if content.patches is None
+            else self._given(content)
+            for content in contents
+        }
+
+    def _given(self, content: Content) -> Encoded:
+        """What came with a request."""
+        device, dtype = self.model.device, self.model.dtype
+        assert content.patches is not None, "asked for"
+        chance = None if content.compress is None else content.compress.to(device, dtype)
+        return Encoded(patches=content.patches.to(device, dtype), compress=chance)
+
+    def _encode(self, pixels: list[np.ndarray]) -> list[Encoded]:
         self.num_encoded += len(pixels)
-        if not self.batch_invariant:
-            values = normalise(np.stack(pixels)).to(self.model.device)
-            return list(self.model.encode_images(values).projected)
-        encoded: list[Tensor] = []
-        for start in range(0, len(pixels), _FIXED_TILES):
-            part = pixels[start : start + _FIXED_TILES]
-            filled = np.zeros((_FIXED_TILES, *part[0].shape), dtype=np.uint8)
+        size = _FIXED_TILES if self.batch_invariant else len(pixels)
+        encoded: list[Encoded] = []
+        for start in range(0, len(pixels), size):
+            part = pixels[start : start + size]
+            filled = np.zeros((size, *part[0].shape), dtype=np.uint8)
             filled[: len(part)] = part
-            values = normalise(filled).to(self.model.device)
-            encoded += list(self.model.encode_images(values).projected[: len(part)])
+            features = self.model.encode_images(normalise(filled).to(self.model.device))
+            encoded += [_of_tile(features, number) for number in range(len(part))]
         return encoded
 
-    def _keep(self, key: bytes, projected: Tensor) -> None:
-        own = projected.clone()  # a view would keep the whole batch alive
-        self._kept[key] = own
-        self._bytes += own.nbytes
+    def _visual(
+        self, tiles: Sequence[Tile], encoded: Mapping[bytes, Encoded]
+    ) -> dict[tuple[bytes, int], Tensor]:
+        """Visual tokens of tiles by key and number; what is kept as patch features is projected."""
+        made: dict[tuple[bytes, int], Tensor] = {}
+        open_: dict[int, list[bytes]] = {}  # tiles to project, by their number of visual tokens
+        for key, number in dict.fromkeys((tile.content.key, tile.num_tokens) for tile in tiles):
+            projected = encoded[key].projected
+            if projected is None:
+                open_.setdefault(number, []).append(key)
+            else:
+                made[key, number] = projected
+        for number, keys in open_.items():
+            size = _FIXED_TILES if self.batch_invariant else len(keys)
+            for start in range(0, len(keys), size):
+                part = keys[start : start + size]
+                patches = [encoded[key].patches for key in part]
+                held = torch.stack([each for each in patches if each is not None])
+                filled = held.new_zeros(size, *held.shape[1:])
+                filled[: len(part)] = held
+                counts = torch.full((size,), number, device=held.device)
+                visual = self.model.model.project(filled, counts).unflatten(0, (size, number))
+                made |= {(key, number): tokens for key, tokens in zip(part, visual, strict=False)}
+        return made
 
     def _shrink(self) -> None:
         while self._bytes > self.max_bytes:
-            _, projected = self._kept.popitem(last=False)
-            self._bytes -= projected.nbytes
+            key, encoded = self._kept.popitem(last=False)
+            self._unused.discard(key)
+            self._bytes -= encoded.num_bytes
+
+
+def _of_tile(features: VisualFeatures, number: int) -> Encoded:
+    """One tile of those encoded together; a copy, because a view would keep all of them alive."""
+
+    def own(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[number].clone()
+
+    return Encoded(own(features.projected), own(features.patches), own(features.compress))
 
 
 def tiles_between(tiles: Sequence[Tile], start: int, stop: int) -> list[Tile]:

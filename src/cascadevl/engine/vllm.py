@@ -21,9 +21,9 @@ from torch import Tensor
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.backends import Capabilities, Outcome, check_wishes, completion, ends_of
-from cascadevl.engine.embeds import embed
+from cascadevl.engine.embeds import embed, prepared
 from cascadevl.engine.http_json import HttpServer, Refused
-from cascadevl.engine.prompts import Prompt, prepare
+from cascadevl.engine.prompts import Prompt
 from cascadevl.engine.requests import Completion, Request, TokenLogprobs, TokenOutput
 from cascadevl.engine.stops import AnswerText, check_stops
 from cascadevl.engine.threaded import from_thread
@@ -126,7 +126,8 @@ class VllmBackend:
         """The prompt of a request, and what is sent for it."""
         check_wishes(request, self.capabilities, "a vLLM server")
         check_stops(self.processor, request.sampling.stop)
-        prompt = prepare(request, self.model.config)
+        with self._lock:
+            prompt = prepared(request, self._vision)
         smaller = [step for step in prompt.increments if step != 1]
         if smaller:
             raise RequestError(

@@ -195,12 +195,12 @@ class LanguageServer(Member):
         if job is None or job.task is not None:
             await self._features.send(Credit(num_bytes), to=parcel.sender)
             return
-        features = VisualFeatures(projected=features_of(message, parcel.frames[0]))
+        projected = features_of(message, parcel.frames[0])
         job.owed, job.owed_to = num_bytes, parcel.sender
         await self.front.send(Received(message.request))
         ends = np.cumsum(job.ask.tiles_per_image).tolist()
         pictures = [
-            VisualFeatures(projected=features.projected[end - count : end])
+            VisualFeatures(projected=projected[end - count : end])
             for end, count in zip(ends, job.ask.tiles_per_image, strict=True)
         ]
         self._begin(job, pictures)

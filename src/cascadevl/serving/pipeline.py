@@ -144,6 +144,11 @@ class Pipeline:
             raise ServerError(f"nothing is answered any more: {failure}")
         loop = asyncio.get_running_loop()
         prompt = await loop.run_in_executor(None, prepare, request, self._model_config)
+        if prompt.unrouted is not None or prompt.num_compressed:
+            raise RequestError(
+                "separate halves of a model do not route tiles yet; serve a Flash model in one "
+                "process, or set flash_mode to false in its config.json for all visual tokens"
+            )
         contents = contents_of(request, self._model_config.image_token_id)
         journey = Journey(next(self._numbers), request, prompt, contents)
         self._open[journey.number] = journey
@@ -188,7 +193,7 @@ class Pipeline:
 
     async def _encode(self, journey: Journey) -> None:
         tiles = journey.prompt.tiles
-        server = self._fleet.vision(tiles[0].key)
+        server = self._fleet.vision(tiles[0].content.key)
         if server is None or journey.language is None:
             return
         journey.vision = server
@@ -198,7 +203,7 @@ class Pipeline:
             request=journey.number,
             server=journey.language.id.decode(),
             features_at=journey.language.hello.features_at,
-            keys=tuple(tile.key for tile in tiles),
+            keys=tuple(tile.content.key for tile in tiles),
             shape=(*pixels.shape[:3], 3),
         )
         await self._link.send(encode, pixels.data.cast("B"), to=server.id)
