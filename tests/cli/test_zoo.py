@@ -18,7 +18,22 @@ def test_every_released_size_is_listed_on_one_line(capsys: pytest.CaptureFixture
         (line,) = (line for line in lines if line.split() and line.split()[0] == model.name)
         assert model.vision in line
         assert model.language in line
-        assert f"{model.report_billion:g} B" in line
+        if model.report_billion is not None:
+            assert f"{model.report_billion:g} B" in line
+    flash = next(line for line in lines if line.startswith("InternVL3.5-8B-Flash"))
+    assert "8.8 B" in flash  # 8.5 of the plain one, 0.24 of the projector, 0.05 of the router
+
+
+def test_a_flash_size_in_full(capsys: pytest.CaptureFixture[str]):
+    assert main(["zoo", "internvl3_5-38b-flash"]) == 0
+    shown = capsys.readouterr().out
+    for fact in (
+        "OpenGVLab/InternVL3_5-38B-Flash",
+        "256 or 64, as the router decides",
+        "64 x 5120",
+    ):
+        assert fact in shown
+    assert "training runs" not in shown
 
 
 def test_one_size_in_full(capsys: pytest.CaptureFixture[str]):
@@ -39,7 +54,7 @@ def test_the_runs_it_names_are_there(capsys: pytest.CaptureFixture[str]):
         assert main(["zoo", model.name]) == 0
         shown = capsys.readouterr().out
         patterns = re.findall(r"configs/(\S+\.yaml)", shown)
-        assert len(patterns) == (model.name != "InternVL2.5-8B")
+        assert len(patterns) == (model.preset is not None)
         for pattern in patterns:
             stages = {file.name.partition("_")[0] for file in CONFIGS.glob(pattern)}
             assert {"pretrain", "sft"} <= stages

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.model.bodies import BODIES, body_model
-from tests.model.small import IMAGE, PX, TOKENS_PER_TILE, VOCAB, small_model
+from tests.model.small import IMAGE, PX, TOKENS_PER_TILE, VOCAB, small_flash_model, small_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import InternVLForConditionalGeneration
 
 from cascadevl.model import cost
 from cascadevl.model.cost import Cost, Work
+from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.zoo import ZOO, config_for
 from cascadevl.types import NO_PARENT, Batch
 
@@ -23,7 +24,8 @@ def counted(model: torch.nn.Module) -> Cost:
     sums = dict.fromkeys((*PARTS, "head"), 0.0)
     for name, parameter in model.named_parameters():
         part = "vision" if "vision_tower" in name else "language"
-        part = "projector" if "multi_modal_projector" in name else part
+        between = ("multi_modal_projector", "compressed_projector", "model.router.")
+        part = "projector" if any(each in name for each in between) else part
         part = "head" if "lm_head" in name or "embed_tokens" in name else part
         sums[part] += parameter.numel()
     return Cost(**sums)
@@ -33,7 +35,8 @@ def counted(model: torch.nn.Module) -> Cost:
 def test_parameters_of_every_released_size(name: str) -> None:
     config = config_for(name)
     with torch.device("meta"):
-        model = InternVLForConditionalGeneration(config)
+        kind = CascadeVLForConditionalGeneration if config.flash_mode else None
+        model = (kind or InternVLForConditionalGeneration)(config)
     assert cost.parameter_counts(config) == counted(model)
 
 
@@ -102,6 +105,29 @@ def test_operations_of_attention_and_of_experts_equal_torchs_counter(name: str) 
         model(input_ids=ids, use_cache=False)
     work = Work(tokens=23, targets=23, pairs=23**2)  # eager attention computes the masked ones too
     assert counter.get_total_flops() == cost.forward_flops(config, work).total
+
+
+@pytest.mark.parametrize("compressed", [0, 2, 3])
+def test_operations_of_compressed_tiles_and_of_the_router_equal_torchs_counter(
+    compressed: int,
+) -> None:
+    model = small_flash_model()
+    tiles = 3
+    counts = torch.tensor([1] * compressed + [TOKENS_PER_TILE] * (tiles - compressed))
+    work = Work(tokens=0, tiles=tiles, compressed_tiles=compressed)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.model.encode(torch.ones(tiles, 3, PX, PX), counts)
+    assert counter.get_total_flops() == cost.forward_flops(model.config, work).total
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.model.router(torch.ones(tiles, 16, 24))
+    assert counter.get_total_flops() == cost.router_flops(model.config, tiles)
+
+
+@pytest.mark.parametrize("name", ["InternVL3.5-1B-Flash", "InternVL3.5-38B-Flash"])
+def test_the_router_is_a_small_part_of_the_vision_tower(name: str) -> None:
+    config = config_for(name)
+    tower = cost.forward_flops(config, Work(tokens=0, tiles=13)).vision
+    assert cost.router_flops(config, 13) < 0.001 * tower
 
 
 def test_a_tile_of_the_1b_shape_on_paper() -> None:

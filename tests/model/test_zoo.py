@@ -18,10 +18,14 @@ def count_billion(name: str) -> float:
     return sum(parameter.numel() for parameter in model.parameters()) / 1e9
 
 
-@pytest.mark.parametrize("name", ZOO)
+IN_THE_TABLES = [name for name, model in ZOO.items() if model.report_billion is not None]
+
+
+@pytest.mark.parametrize("name", IN_THE_TABLES)
 def test_built_size_has_the_parameters_of_the_reports_table(name: str) -> None:
     count = count_billion(name)
     report = ZOO[name].report_billion
+    assert report is not None
     if name in DIFFERENT:
         assert round(count, 2) == DIFFERENT[name]
         assert abs(count - report) / report < 0.1
@@ -39,7 +43,24 @@ def test_every_size_of_both_reports_is_there() -> None:
     internvl3 = {f"InternVL3-{size}" for size in ("1B", "2B", "8B", "9B", "14B", "38B", "78B")}
     dense = {f"InternVL3.5-{size}" for size in ("1B", "2B", "4B", "8B", "14B", "38B")}
     experts = {f"InternVL3.5-{size}" for size in ("20B-A4B", "30B-A3B", "241B-A28B")}
-    assert set(ZOO) == internvl3 | dense | experts | {"InternVL2.5-8B"}
+    assert set(IN_THE_TABLES) == internvl3 | dense | experts | {"InternVL2.5-8B"}
+
+
+def test_the_released_flash_sizes_are_there() -> None:
+    """Which of them were released: all dense ones and 30B-A3B."""
+    sizes = ("1B", "2B", "4B", "8B", "14B", "38B", "30B-A3B")
+    flash = {name: model for name, model in ZOO.items() if model.flash}
+    assert (
+        set(flash) == {f"InternVL3.5-{size}-Flash" for size in sizes} == set(ZOO) - {*IN_THE_TABLES}
+    )
+    for name, model in flash.items():
+        plain = ZOO[name.removesuffix("-Flash")]
+        assert model.hub_id == f"{plain.hub_id}-Flash"
+        assert (model.vision, model.language) == (plain.vision, plain.language)
+        config = config_for(name)
+        assert (config.tokens_per_tile, config.compressed_tokens) == (256, 64)
+        assert (config.flash_layers, config.flash_heads) == ("released", 16)
+        assert not config_for(plain.name).flash_mode
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -10,6 +10,9 @@ from cascadevl.cli.arguments import Subparsers
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cascadevl.model.configuration import CascadeVLConfig
+    from cascadevl.model.zoo import ReleasedModel
+
 
 def add_parser(subparsers: Subparsers) -> None:
     """Describe the command."""
@@ -40,13 +43,11 @@ def _print_all(console: Console) -> None:
     from cascadevl.model.zoo import ZOO
 
     table = Table("name", "vision", "language model", box=None, pad_edge=False)
-    table.add_column("parameters", justify="right")
+    table.add_column("size", justify="right")
     table.add_column("active", justify="right")
     for model in ZOO.values():
         active = f"{model.active_billion:g} B" if model.active_billion else ""
-        table.add_row(
-            model.name, model.vision, model.language, f"{model.report_billion:g} B", active
-        )
+        table.add_row(model.name, model.vision, model.language, _billion(model), active)
     console.print(table)
     console.print(
         "\n`cascadevl zoo NAME` shows one in full, with its training runs", highlight=False
@@ -63,17 +64,34 @@ def _print_one(name: str, console: Console) -> None:
     active = f", {model.active_billion:g} B of them for a token" if model.active_billion else ""
     table = Table(title=model.name, title_justify="left", show_header=False, box=None)
     rows = {
-        "parameters": f"{model.report_billion:g} B{active}",
+        "parameters": f"{_billion(model)}{active}",
         "vision": f"{model.vision}: {vision.num_hidden_layers} x {vision.hidden_size}",
         "language model": f"{model.language}: {text.num_hidden_layers} x {text.hidden_size}, "
         f"vocabulary {text.vocab_size:,}",
+        **({"tokens a tile": _tiles(config)} if model.flash else {}),
         "template": model.template,
         "context": f"{text.max_position_embeddings:,} tokens",
         "repository": model.hub_id,
-        "also with": " ".join(model.suffixes),
     }
+    if model.suffixes:
+        rows["also with"] = " ".join(model.suffixes)
     if model.preset:
         rows["training runs"] = f"configs/*_{model.preset}.yaml in cascadevl's repository"
     for heading, value in rows.items():
         table.add_row(heading, value)
     console.print(table, highlight=False)
+
+
+def _billion(model: ReleasedModel) -> str:
+    """Parameters: what the report says, or else a count of what is stored."""
+    from cascadevl.model.cost import parameter_counts
+    from cascadevl.model.zoo import config_for
+
+    number = model.report_billion
+    if number is None:
+        number = round(parameter_counts(config_for(model.name)).total / 1e9, 1)
+    return f"{number:g} B"
+
+
+def _tiles(config: CascadeVLConfig) -> str:
+    return f"{config.tokens_per_tile} or {config.compressed_tokens}, as the router decides"

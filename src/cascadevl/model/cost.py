@@ -16,6 +16,8 @@ from cascadevl.model.configuration import CascadeVLConfig
 
 Part: TypeAlias = Literal["vision", "projector", "language"]
 
+_ROUTER_LAYERS = 4  # of attention, and as many blocks
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
@@ -24,12 +26,14 @@ class Work:
     Attributes:
         tokens: Tokens of the language half, visual ones included.
         tiles: Tiles of the vision half.
+        compressed_tiles: Those of them that a router has compressed.
         targets: Tokens whose logits are computed.
         pairs: Pairs of a query and a key that it sees, over all segments (`causal_pairs`).
     """
 
     tokens: int
     tiles: int = 0
+    compressed_tiles: int = 0
     targets: int = 0
     pairs: int = 0
 
@@ -40,7 +44,7 @@ class Cost:
 
     Attributes:
         vision: The vision tower.
-        projector: The projector.
+        projector: The projector; of parameters, also a Flash model's second one and its router.
         language: The layers of the text body.
         head: The language head; of parameters, also the token embedding.
     """
@@ -88,7 +92,7 @@ def parameter_counts(config: CascadeVLConfig) -> Cost:
     embeddings += (_patches(config) + 2) * width  # positions, the class token's too, and itself
     return Cost(
         vision=float(embeddings + vision.num_hidden_layers * _vision_layer(vision).stored),
-        projector=float(sum(_projector(config))),
+        projector=float(sum(_projector(config)) + _flash_parameters(config)),
         language=float(text.num_hidden_layers * _text_layer(text).stored + text.hidden_size),
         head=float(table * (1 if config.tie_word_embeddings else 2)),
     )
@@ -101,14 +105,27 @@ def forward_flops(config: CascadeVLConfig, work: Work) -> Cost:
     seen = patches + 1  # the class token
     entries = _vision_layer(vision).used * seen + 2 * vision.hidden_size * seen**2
     patch = 3 * vision.patch_size[0] * vision.patch_size[1] * vision.hidden_size
-    matrices, _ = _projector(config)
+    full = (work.tiles - work.compressed_tiles) * config.tokens_per_tile * _projector(config)[0]
+    compressed = work.compressed_tiles * config.compressed_tokens * _compressed_projector(config)[0]
     return Cost(
         vision=2.0 * work.tiles * (vision.num_hidden_layers * entries + patch * patches),
-        projector=2.0 * work.tiles * config.tokens_per_tile * matrices,
+        projector=2.0 * (full + compressed),
         language=2.0 * text.num_hidden_layers * _text_layer(text).used * work.tokens
         + _attention_flops(text, work),
         head=2.0 * text.vocab_size * text.hidden_size * work.targets,
     )
+
+
+def router_flops(config: CascadeVLConfig, tiles: int) -> float:
+    """Floating point operations of the router for so many tiles.
+
+    One query goes through each layer of attention, so patches are only weighed and averaged
+    (`cascadevl.model.router.PoolingLayer`). That of the first layer is the same for all tiles.
+    """
+    width, heads = config.vision_config.hidden_size, config.flash_heads
+    attention = 4 * width**2 + 2 * heads * width * _patches(config)
+    tile = _ROUTER_LAYERS * (attention + 8 * width**2) + 2 * width
+    return float(2 * (tiles * tile - max(tiles - 1, 0) * 2 * width**2))
 
 
 def backward_flops(config: CascadeVLConfig, work: Work, *, frozen: Collection[Part] = ()) -> Cost:
@@ -258,6 +275,25 @@ def _projector(config: CascadeVLConfig) -> tuple[int, int]:
     width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
     hidden = config.text_config.hidden_size
     return width * hidden + hidden * hidden, 2 * width + 2 * hidden
+
+
+def _compressed_projector(config: CascadeVLConfig) -> tuple[int, int]:
+    """The same of a Flash model's second projector."""
+    width = config.vision_config.hidden_size * round(1 / config.flash_downsample_ratio) ** 2
+    hidden = config.text_config.hidden_size
+    return 2 * width * hidden + 6 * hidden**2, 2 * width + 5 * hidden
+
+
+def _flash_parameters(config: CascadeVLConfig) -> int:
+    """Parameters of the second projector and of the router; 0 of a model without them."""
+    if not config.flash_mode:
+        return 0
+    width = config.vision_config.hidden_size
+    attention = 4 * width**2 + 4 * width + 2 * width  # with biases and the normalisation
+    block = 8 * width**2 + 5 * width + 2 * width
+    gate = 2 * width + 2 * width + 2
+    router = _ROUTER_LAYERS * (attention + block) + width + gate
+    return int(sum(_compressed_projector(config)) + router)
 
 
 def _head_dim(text: Any) -> int:

@@ -16,7 +16,7 @@ even where the language model started from shares one table (InternVL3.5-1B, -2B
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
@@ -40,8 +40,10 @@ class ReleasedModel:
         text: Shape of the language model, as its config.json has it.
         image_token_id: Id of ``<IMG_CONTEXT>`` in the released tokenizer.
         template: Conversation template.
-        report_billion: Parameters as the report's table has them, in billions.
+        report_billion: Parameters as the report's table has them, in billions; None where it does
+            not say, as of the Flash models.
         active_billion: Parameters used for a token, in billions, where the report gives them.
+        flash: Whether it has a second projector and a router (InternVL3.5-Flash).
     """
 
     name: str
@@ -52,13 +54,14 @@ class ReleasedModel:
     text: dict[str, Any]
     image_token_id: int
     template: str = "internvl2_5"
-    report_billion: float
+    report_billion: float | None
     active_billion: float | None = None
+    flash: bool = False
 
     @property
     def preset(self) -> str | None:
         """What its runs are called, ``configs/STAGE_PRESET.yaml``; None if there are none."""
-        if not self.name.startswith("InternVL3"):
+        if not self.name.startswith("InternVL3") or self.flash:
             return None
         return self.name.lower().removeprefix("internvl3.5-")
 
@@ -195,13 +198,12 @@ def _internvl3_5(
     report_billion: float,
     vision: VisionName = "InternViT-300M",
     *,
-    flash: bool = True,
     active_billion: float | None = None,
 ) -> ReleasedModel:
     return ReleasedModel(
         name=f"InternVL3.5-{size}",
         hub_id=f"OpenGVLab/InternVL3_5-{size}",
-        suffixes=("-Pretrained", "-Instruct", "-MPO", "-HF", *(("-Flash",) if flash else ())),
+        suffixes=("-Pretrained", "-Instruct", "-MPO", "-HF"),
         vision=vision,
         language=language,
         text=text,
@@ -244,7 +246,6 @@ _MODELS = (
         _qwen3_moe(4096, 94, 64, 4, 12288, expert_mlp=1536),
         240.7,
         "InternViT-6B",
-        flash=False,
         active_billion=28.0,
     ),
     ReleasedModel(
@@ -271,7 +272,22 @@ _MODELS = (
     ),
 )
 
-ZOO: dict[str, ReleasedModel] = {model.name: model for model in _MODELS}
+_FLASH = tuple(
+    replace(
+        model,
+        name=f"{model.name}-Flash",
+        hub_id=f"{model.hub_id}-Flash",
+        suffixes=(),
+        report_billion=None,
+        active_billion=None,
+        flash=True,
+    )
+    for model in _MODELS
+    if model.name.startswith("InternVL3.5-") and not model.name.endswith(("20B-A4B", "241B-A28B"))
+)
+"""Released after ViCO, in the GitHub format only."""
+
+ZOO: dict[str, ReleasedModel] = {model.name: model for model in (*_MODELS, *_FLASH)}
 """All released sizes by name; InternVL2.5-8B is there for VisualPRM-8B, which is built like it."""
 
 
@@ -297,6 +313,8 @@ def released(name: str) -> ReleasedModel:
 def config_for(name: str) -> CascadeVLConfig:
     """The configuration of a released size.
 
+    The thresholds of Flash models are not known here: they stand in their own config.json.
+
     Args:
         name: As for `released`.
 
@@ -311,4 +329,6 @@ def config_for(name: str) -> CascadeVLConfig:
         template=model.template,
         tie_word_embeddings=False,
         drop_path_rate=0.0,
+        flash_mode=model.flash,
+        flash_layers="released" if model.flash else "all",
     )
