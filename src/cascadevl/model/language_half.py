@@ -67,6 +67,9 @@ def load_language_half(
     )
     model.set_submodule("model.vision_tower", Absent("vision tower"))
     model.set_submodule("model.multi_modal_projector", Absent("projector"))
+    if model.config.flash_mode:
+        model.set_submodule("model.compressed_projector", Absent("projector"))
+        model.set_submodule("model.router", Absent("router"))
     model.tie_weights()
     nn.Module.to(model, torch.device(device))  # the buffers, which were in no file
     return model, processor

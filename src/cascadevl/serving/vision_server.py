@@ -17,6 +17,7 @@ from typing import Any
 import zmq
 from torch import Tensor
 
+from cascadevl.engine.contents import Content
 from cascadevl.engine.prompts import Tile
 from cascadevl.engine.requests import EngineStats
 from cascadevl.engine.vision import VisionCache
@@ -150,8 +151,9 @@ class VisionServer(Member):
         match parcel.message:
             case Encode() as message:
                 pixels = pixels_of(message, parcel.frames[0])
+                full = self._cache.model.tokens_per_tile
                 tiles = tuple(
-                    Tile(0, 1, key, pixels=tile)
+                    Tile(0, full, Content(key, full, pixels=tile))
                     for key, tile in zip(message.keys, pixels, strict=True)
                 )
                 self._queue.append(
