@@ -24,6 +24,7 @@ from cascadevl.data.prompts import (
     GPT_OSS_SYSTEM,
     GPT_OSS_THINKING,
     INTERNVL_SYSTEM,
+    PROCESS_REWARD_SYSTEM,
     THINKING_PROMPT,
 )
 from cascadevl.errors import ConfigError, DataError
@@ -259,6 +260,7 @@ def test_answers_from_channels_are_read(raw: str, expected: str) -> None:
         (INTERNVL_SYSTEM, 58, "bdb4d179c4c458dd"),
         (THINKING_PROMPT, 608, "a2cb9e8de918a3e3"),
         (GPT_OSS_SYSTEM, 212, "2efe1456bcea70d0"),
+        (PROCESS_REWARD_SYSTEM, 945, "18279fe8e6c5f76a"),
     ],
 )
 def test_prompts_are_unchanged(text: str, length: int, digest: str) -> None:

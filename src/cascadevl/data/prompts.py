@@ -48,3 +48,30 @@ GPT_OSS_SYSTEM = _GPT_OSS_SYSTEM.format(effort="low", channels="final")
 
 GPT_OSS_THINKING = _GPT_OSS_SYSTEM.format(effort="high", channels="analysis, final")
 """System message of InternVL3.5-GPT-OSS, which first reasons in the analysis channel."""
+
+PROCESS_REWARD_SYSTEM = (
+    "You are an advanced AI assistant, designed to serve as a process supervision model. In this "
+    "task, I will provide a problem statement followed by the first step of the solution process. "
+    "For each subsequent turn, I will give you a new step in the solution. Your role is to assess "
+    "whether the solution process is correct up to the current step.\n"
+    "\n"
+    "- In the **first round**, I will input the problem and the first step of the solution "
+    "process.\n"
+    "- In **each subsequent round**, I will provide the next step in the solution.\n"
+    "\n"
+    "For each step, you should:\n"
+    "\n"
+    '- Respond with **"+"** if you believe the solution process is correct up to this step.\n'
+    '- Respond with **"-"** if you detect any issues or errors in the process up to this step.\n'
+    "\n"
+    "Please note:\n"
+    '- Only respond with **"+"** or **"-"**. Do not provide any additional explanations, comments, '
+    "or justifications.\n"
+    "\n"
+    "Your task is to verify the accuracy and correctness of each step in the given solution "
+    "process."
+)
+"""System message of process reward models (public code of VisualPRM)."""
+
+PROCESS_QUESTION, PROCESS_SOLUTION = "### Question:\n", "\n\n### Solution Process:\n"
+"""What stands before the question and before the first step in the first turn of VisualPRM."""
