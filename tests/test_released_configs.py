@@ -22,7 +22,7 @@ TRIALS = ("nano", "micro")
 """Presets that are ours: nobody published values for them."""
 
 SOURCE = re.compile(
-    r"# (not published|scripts?|stages? [0-3]|(the )?report|released code|GSPO paper|ours)\b"
+    r"# (not published|scripts?|stages? [0-3]|((the )?report|(GSPO )?paper)|released code|ours)\b"
 )
 """How the comment that says where a value is from begins."""
 
@@ -174,7 +174,7 @@ MPO_SIZES = {
 
 def released() -> list[Path]:
     """The files under test, without those that they change."""
-    stages = ("pretrain_", "posthoc_", "sft_", "mpo_")
+    stages = ("pretrain_", "posthoc_", "sft_", "mpo_", "prm_")
     files = [file for file in sorted(CONFIGS.glob("*.yaml")) if file.name.startswith(stages)]
     rest = {file: file.stem.partition("_")[2] for file in files}
     return [f for f in files if rest[f] not in TRIALS and not rest[f].startswith("lora_")]
@@ -245,6 +245,21 @@ def test_mpo_of_our_presets_weighs_its_terms_as_released(preset: str):
     assert differing(opened("mpo", preset), weights) == {}
 
 
+def test_process_reward_model_as_visualprm():
+    """arXiv 2503.10291: InternVL2.5-8B, 1e-5, warm-up 5 %, cosine, one epoch of 400,000."""
+    own = {
+        "model.path": "OpenGVLab/InternVL2_5-8B",
+        "optim.lr": 1e-5,
+        "optim.warmup_ratio": 0.05,
+        "prm.form": "vocabulary",
+        "prm.minus_weight": 1.0,
+    }
+    config = opened("prm", "8b")
+    assert differing(config, {**EVERY_STAGE, **own}) == {}
+    assert config.run.num_steps == 400_000 // config.run.global_batch
+    assert [opened("prm", preset).prm.minus_weight for preset in TRIALS] == [1.0, 1.0]
+
+
 def test_gpt_oss_warms_its_projector_up_first():
     config = opened("posthoc", "20b-a4b")
     assert isinstance(config, PosthocConfig)
@@ -258,7 +273,7 @@ def test_every_released_size_has_its_files_and_no_other_is_there():
     sizes = {*PRETRAIN_3_5_SIZES, *PRETRAIN_3_SIZES}
     assert sizes == {model.preset for model in ZOO.values() if model.preset}
     files = {f"{stage}_{size}" for stage in ("pretrain", "sft", "mpo") for size in sizes}
-    assert {file.stem for file in released()} == {*files, "posthoc_20b-a4b"}
+    assert {file.stem for file in released()} == {*files, "posthoc_20b-a4b", "prm_8b"}
 
 
 @pytest.mark.parametrize("model", [model for model in ZOO.values() if model.preset])

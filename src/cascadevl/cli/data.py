@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascadevl.cli import data_filter, data_preferences, data_rollouts, data_think
+from cascadevl.cli import data_filter, data_preferences, data_process, data_rollouts, data_think
 from cascadevl.cli.arguments import Subparsers, positive_int
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--deep", action="store_true", help="decode every picture and video, not only headers"
     )
     check.set_defaults(run=run)
-    for action in (data_think, data_rollouts, data_preferences, data_filter):
+    for action in (data_think, data_rollouts, data_preferences, data_filter, data_process):
         action.add_parser(actions)
 
 

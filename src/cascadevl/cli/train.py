@@ -26,6 +26,7 @@ STAGES = {
     "sft": "supervised fine-tuning: only answers are learned",
     "mpo": "mixed preference optimisation: which of two answers is better",
     "gspo": "reinforcement learning: answers better than others to the same question",
+    "prm": "a process reward model: is a solution right up to each of its steps",
 }
 _OWN_OPTIONS = (
     *("--help", "--model", "--data", "--questions", "--out", "--resume"),
@@ -155,11 +156,13 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     from cascadevl.train.gspo_config import GSPOConfig
     from cascadevl.train.mpo import MPOConfig
     from cascadevl.train.posthoc import PosthocConfig
+    from cascadevl.train.prm import PRMConfig
 
     own: dict[str, type[TrainConfig]] = {
         "posthoc": PosthocConfig,
         "mpo": MPOConfig,
         "gspo": GSPOConfig,
+        "prm": PRMConfig,
     }
     kind = own.get(args.stage, TrainConfig)
     short = []
@@ -185,6 +188,7 @@ def _train(stage: str, config: TrainConfig) -> int:
     from cascadevl.train.mpo import MPOConfig, mpo
     from cascadevl.train.posthoc import PosthocConfig, posthoc
     from cascadevl.train.pretrain import pretrain
+    from cascadevl.train.prm import PRMConfig, prm
     from cascadevl.train.sft import sft
 
     if isinstance(config, PosthocConfig):
@@ -193,6 +197,8 @@ def _train(stage: str, config: TrainConfig) -> int:
         result = mpo(config)
     elif isinstance(config, GSPOConfig):
         result = gspo(config)
+    elif isinstance(config, PRMConfig):
+        result = prm(config)
     else:
         result = {"pretrain": pretrain, "sft": sft}[stage](config)
     for (dataset, kind), count in sorted(result.skipped.items()):

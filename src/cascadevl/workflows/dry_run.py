@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from cascadevl.data.mixture import Mixture
+from cascadevl.data.process_records import StepBuilder
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.spans import Span, describe
+from cascadevl.data.stream import Builder
 from cascadevl.errors import ConfigError, DataError
 from cascadevl.model.loading import find
 from cascadevl.model.repository_files import load_processor
@@ -16,6 +18,7 @@ from cascadevl.sequence import expand
 from cascadevl.train.config import TrainConfig
 from cascadevl.train.gspo_config import GSPOConfig
 from cascadevl.train.mixing import mixed
+from cascadevl.train.prm import PRMConfig
 from cascadevl.train.questions import Asker, QuestionStream, problems_of
 from cascadevl.train.run import from_scratch
 from cascadevl.train.sources import example_builder, sources_of_meta
@@ -90,10 +93,11 @@ def first_samples(config: TrainConfig, count: int) -> Iterator[SeenSample | Data
         return
     sources = mixed(sources_of_meta(config.data.meta), builder, config)
     mixture = Mixture(sources, config.run.seed)
+    build: Builder = StepBuilder(builder) if isinstance(config, PRMConfig) else builder
     found = 0
     for draw in islice(mixture.draws(), MAX_DRAWS):
         try:
-            example = builder(mixture.record(draw), epoch=draw.epoch)
+            example = build(mixture.record(draw), epoch=draw.epoch)
         except DataError as error:
             yield error
             continue
