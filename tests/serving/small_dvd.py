@@ -21,7 +21,7 @@ from cascadevl.serving.member import Member, MemberThread
 from cascadevl.serving.pipeline import Pipeline, PipelineConfig
 from cascadevl.serving.vision_server import VisionConfig, VisionServer
 
-QUICK = PipelineConfig(silence_s=1.2, patience_s=10.0)
+QUICK = PipelineConfig(silence_s=2.0, patience_s=30.0)
 
 
 def requests(processor: CascadeVLProcessor, **more: Any) -> list[Request]:

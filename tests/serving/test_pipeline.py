@@ -112,7 +112,10 @@ def test_a_picture_is_encoded_once_and_tokens_stream(tmp_path: Path):
     async def ask() -> tuple[Any, int]:
         async with decoupled(MODEL, PROCESSOR, tmp_path) as pipeline:
             outputs = [await all_of(pipeline, wish) for _ in range(3)]
-            await asyncio.sleep(1)  # until the servers have told what they did
+            for _ in range(200):  # until the servers have told what they did
+                await asyncio.sleep(0.1)
+                if pipeline.stats().cached_tiles == 2 * len(wish.prompt.tiles):
+                    break
             return outputs, pipeline.stats().encoded_tiles
 
     outputs, num_encoded = asyncio.run(ask())

@@ -65,7 +65,7 @@ def test_killing_a_vision_server_loses_no_request_and_changes_no_answer(tmp_path
             model.config,
             [f"ipc://{tmp_path}/front"],
             weights=fingerprint(find("micro")),
-            config=PipelineConfig(silence_s=1.5, patience_s=120.0),
+            config=PipelineConfig(silence_s=3.0, patience_s=120.0),
         )
         await pipeline.start()
         with kept(pipeline.addresses[0], tmp_path) as keepers:

@@ -58,7 +58,7 @@ class PipelineConfig:
         max_deaths: A request with which so many servers died is given up: it may be the cause.
     """
 
-    silence_s: float = 3.0
+    silence_s: float = 5.0
     patience_s: float = 60.0
     max_deaths: int = 3
 
