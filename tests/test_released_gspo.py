@@ -21,6 +21,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TRIALS = ("nano", "micro")
 SOURCE = re.compile(r"# (not published|scripts?|(the )?report|GSPO paper|ours)\b")
 
+RELEASED = [m for m in ZOO.values() if m.name.startswith("InternVL3.5") and m.preset]
+"""Sizes with runs of their own: Flash is made of them."""
+
 SCRIPT = {
     "model.precision": "bfloat16",
     "model.gradient_checkpointing": True,
@@ -91,13 +94,13 @@ def test_the_loss_of_the_paper_is_a_preset_over_any_size():
 
 
 def test_every_size_of_internvl3_5_has_its_file_and_no_other_is_there():
-    released = {m.preset for m in ZOO.values() if m.name.startswith("InternVL3.5")}
+    released = {model.preset for model in RELEASED}
     assert set(SIZES) == released
     files = {file.stem.removeprefix("gspo_") for file in CONFIGS.glob("gspo_*.yaml")}
     assert files - set(TRIALS) == released
 
 
-@pytest.mark.parametrize("model", [m for m in ZOO.values() if m.name.startswith("InternVL3.5")])
+@pytest.mark.parametrize("model", RELEASED)
 def test_starts_on_the_hub_are_repositories_of_the_size(model):
     path = opened(f"gspo_{model.preset}.yaml").model.path
     if "-MPO" in model.suffixes:
