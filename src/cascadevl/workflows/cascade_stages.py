@@ -21,7 +21,8 @@ from cascadevl.model.cost import Work, forward_flops, step_flops
 from cascadevl.model.loading import load
 from cascadevl.train.config import TrainConfig
 from cascadevl.train.gspo import gspo
-from cascadevl.train.mpo import mpo
+from cascadevl.train.gspo_config import GSPOConfig
+from cascadevl.train.mpo import MPOConfig, mpo
 from cascadevl.train.pretrain import pretrain
 from cascadevl.train.questions import problems_of
 from cascadevl.train.run import TrainResult
@@ -168,8 +169,7 @@ def _pairs(config: CascadeConfig, place: Place, console: Console) -> Done:
 
 def _mpo(config: CascadeConfig, place: Place, console: Console) -> Done:
     assert place.pairs is not None
-    run = _placed(config.mpo, config, "mpo", place)
-    run = replace(run, data=replace(run.data, meta=(place.pairs,)))
+    run = placed_mpo(config, place)
     result = mpo(run, console=console)
     done = _trained(result, run, "mpo", place)
     # The reference reads every pair once.
@@ -205,11 +205,7 @@ def _filter(config: CascadeConfig, place: Place, console: Console) -> Done:
 
 
 def _gspo(config: CascadeConfig, place: Place, console: Console) -> Done:
-    run = _placed(config.gspo, config, "gspo", place)
-    if place.questions is not None:
-        run = replace(run, problems=replace(run.problems, file=place.questions, tasks=()))
-    elif config.problems.file is not None or config.problems.tasks:
-        run = replace(run, problems=config.problems)
+    run = placed_gspo(config, place)
     result = gspo(run, console=console)
     done = _trained(result, run, "gspo", place)
     # Answers are drawn, and scored once more before the updates.
@@ -231,6 +227,23 @@ STAGES: dict[StageName, Callable[[CascadeConfig, Place, Console], Done]] = {
     "filter": _filter,
     "gspo": _gspo,
 }
+
+
+def placed_mpo(config: CascadeConfig, place: Place) -> MPOConfig:
+    """The run of MPO on the pairs that are there."""
+    assert place.pairs is not None
+    run = _placed(config.mpo, config, "mpo", place)
+    return replace(run, data=replace(run.data, meta=(place.pairs,)))
+
+
+def placed_gspo(config: CascadeConfig, place: Place) -> GSPOConfig:
+    """The run of GSPO on the chosen questions, or on those of the cascade."""
+    run = _placed(config.gspo, config, "gspo", place)
+    if place.questions is not None:
+        return replace(run, problems=replace(run.problems, file=place.questions, tasks=()))
+    if config.problems.file is not None or config.problems.tasks:
+        return replace(run, problems=config.problems)
+    return run
 
 
 def _placed(run: ConfigT, config: CascadeConfig, stage: StageName, place: Place) -> ConfigT:

@@ -1,12 +1,15 @@
-"""``make demo``: micro answers at once, is taught something new, and shows what that changed.
+"""``make demo``: micro answers at once, is taught something new, and is reinforced in it.
 
-The new family is one that micro was not trained on: boxes (`cascadevl.workflows.boxes`). The old
-ones are asked about before and after, since teaching can also make a model forget.
+The new family is one that micro was not trained on: boxes (`cascadevl.workflows.boxes`). It is
+fine-tuned on them, then goes through both kinds of reinforcement, MPO and GSPO. The old families
+are asked about before and after each, since teaching can also make a model forget.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,16 +17,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cascadevl.engine.packed_weights import can_pack
 from cascadevl.eval.report import Report, StageScores, write_report
 from cascadevl.eval.responder import ModelResponder
 from cascadevl.eval.runner import run_suite
+from cascadevl.errors import DataError
 from cascadevl.model.loading import find, load
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.shipped import edition
+from cascadevl.train.gspo import gspo
+from cascadevl.train.gspo_config import GSPOConfig
+from cascadevl.train.mpo import MPOConfig, mpo
+from cascadevl.train.run import TrainResult
 from cascadevl.train.sft import sft
 from cascadevl.workflows import boxes, micro
-from cascadevl.workflows.demo_report import course_plots, num_parameters
-from cascadevl.workflows.demonstration import Demonstration, begin, examine, finish, train
+from cascadevl.workflows.boxes_reinforcement import cascade_config
+from cascadevl.workflows.cascade_stages import Place, placed_gspo, placed_mpo, run_stage
+from cascadevl.workflows.demo_report import course_plots, minutes, num_parameters
+from cascadevl.workflows.demonstration import Demonstration, Watch, begin, examine, finish, train
 
 ANSWER_TOKENS = 192
 """Longest answer asked for: boxes of six shapes and charts read up to their last value fit."""
@@ -48,7 +59,7 @@ def run(
     num_questions: int = 200,
     console: Console | None = None,
 ) -> Path:
-    """Let micro answer, teach it boxes, examine it before and after, write the report.
+    """Let micro answer, teach it boxes, reinforce it, examine it all along, write the report.
 
     Args:
         out: The demo's folder. One that holds a finished demo is kept under another name; one
@@ -105,8 +116,58 @@ def run(
         lambda watch: sft(config, sources=boxes.sources(), on_step=watch, console=console),
     )
     taught, _ = load(path, dtype=torch.bfloat16)
-    examine(demo, "after", taught)
+    examine(demo, "SFT", taught)
+    path = _reinforce(demo, path, steps_scale, packs=can_pack(taught))
     return finish(demo, path, lambda commands: _report(demo, name, commands))
+
+
+def _reinforce(demo: Demonstration, model: Path, steps_scale: float, *, packs: bool) -> Path:
+    """MPO, then GSPO, with an examination after each; returns the last model."""
+    config = cascade_config(
+        demo.out,
+        model=str(model),
+        steps_scale=steps_scale,
+        precision="packed" if packs else None,
+    )
+    place = Place(model=str(model))
+    for stage in config.ordered:
+        if stage not in ("mpo", "gspo"):
+            demo.console.rule(stage)
+            demo.course.start(stage)
+            try:
+                place = run_stage(config, stage, place, demo.console).place
+            except DataError as error:
+                if error.kind != "no_sample":
+                    raise
+                # After very few steps nothing is right yet, or everything is wrong.
+                demo.facts["reinforcement"] = f"left out: {error}"
+                demo.console.print(demo.facts["reinforcement"], highlight=False, markup=False)
+                break
+            finally:
+                demo.course.stop(stage)
+            demo.facts[stage] = minutes(demo.course.seconds[stage])
+            continue
+        run = placed_mpo(config, place) if stage == "mpo" else placed_gspo(config, place)
+        recipe = partial(_recipe, run, demo.console)
+        path = train(
+            demo,
+            stage,
+            run.run.num_steps,
+            recipe,
+            folder=run.run.out,
+            plots_loss=stage == "mpo",
+        )
+        place = replace(place, model=str(path))
+        learned, _ = load(path, dtype=torch.bfloat16)
+        examine(demo, stage.upper(), learned)
+    assert place.model is not None
+    return Path(place.model)
+
+
+def _recipe(run: MPOConfig | GSPOConfig, console: Console, watch: Watch) -> TrainResult:
+    if isinstance(run, MPOConfig):
+        return mpo(run, on_step=watch, console=console)
+    return gspo(run, on_step=watch, console=console)
 
 
 def _answer_a_page(demo: Demonstration, model: CascadeVLForConditionalGeneration) -> int:
@@ -144,15 +205,17 @@ def _report(demo: Demonstration, name: str, commands: str) -> Report:
         title="A lesson in boxes",
         lead=f"{name[0].upper()}{name[1:]} knew coloured shapes by name and place and had never "
         "seen a box. It was fine-tuned to say where they are, in coordinates, while a share of "
-        "what it had learned before was rehearsed. The first two rows are new; the others show "
-        "what it kept.",
+        "what it had learned before was rehearsed. Then it was reinforced: by pairs of its own "
+        "right and wrong answers (MPO), and by answers that did better than others to the same "
+        "question (GSPO). The first two rows are new; the others show what it kept.",
         stages=demo.stages,
         plots=course_plots(
             demo.course.curves(),
             demo.losses,
             curve_note="A small examination a point, with other held-out questions than in the "
             "table.",
-            loss_note="Of boxes and rehearsal together.",
+            loss_note="Of boxes and rehearsal together, then of MPO; that of GSPO says little, "
+            "and is left out.",
         ),
         facts=demo.facts,
         commands=commands,

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -22,7 +23,6 @@ from cascadevl.eval.suite import SuiteRow
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.train.loop import TrainState
 from cascadevl.train.run import TrainResult
-from cascadevl.types import Batch
 from cascadevl.workflows.course import Course
 from cascadevl.workflows.demo_report import (
     chat_commands,
@@ -45,7 +45,7 @@ REPORT = "report.html"
 MODEL = "model"
 """What is left in the demo's folder."""
 
-Watch = Callable[[TrainState[Batch]], None]
+Watch = Callable[[TrainState[Any]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,13 @@ def examine(demo: Demonstration, name: str, model: CascadeVLForConditionalGenera
 
 
 def train(
-    demo: Demonstration, stage: str, num_steps: int, recipe: Callable[[Watch], TrainResult]
+    demo: Demonstration,
+    stage: str,
+    num_steps: int,
+    recipe: Callable[[Watch], TrainResult],
+    *,
+    folder: Path | None = None,
+    plots_loss: bool = True,
 ) -> Path:
     """One stage; its curve and loss are noted, its model stays in the run folder.
 
@@ -123,6 +129,8 @@ def train(
         stage: Its name, which is that of its run folder.
         num_steps: Its steps.
         recipe: Trains, calling what it is given now and then.
+        folder: Its run folder, where that is not the demo's of that name.
+        plots_loss: Whether its loss tells anything.
 
     Returns:
         The model.
@@ -150,7 +158,9 @@ def train(
         )
     first = demo.ends[-1] if demo.ends else 0
     demo.ends.append(first + num_steps)
-    demo.losses.extend((first + step, loss) for step, loss in read_losses(demo.out / stage))
+    if plots_loss:
+        losses = read_losses(folder or demo.out / stage)
+        demo.losses.extend((first + step, loss) for step, loss in losses)
     counts = ", ".join(f"{value:,} {name}" for name, value in result.counters.items())
     elapsed = minutes(demo.course.seconds[stage])
     demo.facts[stage] = f"{num_steps} steps in {elapsed} (with small examinations); {counts}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -12,7 +13,6 @@ from cascadevl.eval.runner import run_suite
 from cascadevl.eval.suite import SuiteRow
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.train.loop import TrainState
-from cascadevl.types import Batch
 from cascadevl.workflows.course import Course
 
 
@@ -25,7 +25,7 @@ def watcher(
     seed: int,
     answer_tokens: int,
     console: Console,
-) -> Callable[[TrainState[Batch]], None]:
+) -> Callable[[TrainState[Any]], None]:
     """A function for a recipe to call now and then: asks, notes the shares, and shows them.
 
     Args:
@@ -38,7 +38,7 @@ def watcher(
         console: Where they are shown.
     """
 
-    def watch(state: TrainState[Batch]) -> None:
+    def watch(state: TrainState[Any]) -> None:
         assert isinstance(state.model, CascadeVLForConditionalGeneration)
         responder = ModelResponder(
             model=state.model, processor=processor, max_new_tokens=answer_tokens
