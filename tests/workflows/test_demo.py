@@ -24,10 +24,18 @@ from cascadevl.eval.runner import run_suite
 from cascadevl.eval.suite import draw_row
 from cascadevl.model import shipped
 from cascadevl.tasks.base import TaskSource
-from cascadevl.workflows import boxes, demo, demonstration, micro, watching
+from cascadevl.workflows import (
+    boxes,
+    boxes_reinforcement,
+    demo,
+    demonstration,
+    micro,
+    watching,
+)
 
 QUESTIONS = 2
 SCALE = 0.01
+ASSETS = shipped.ASSETS
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def test_the_report_compares_the_left_model_with_micro(
         )
         scores.append(run_suite(responder, boxes.suite(QUESTIONS), seed=demonstration.EXAM_SEED))
     head, *rows = page(out).rows
-    assert head[3:] == ["before", "after", "change, in points"]
+    assert head[3:] == ["before", "SFT", "change, in points"]
     assert [row[0] for row in rows] == [row.name for row in boxes.suite(QUESTIONS)]
     for row, before, after in zip(rows, *scores, strict=True):
         assert row[3:5] == [" ".join(percent(score.estimate)) for score in (before, after)]
@@ -175,3 +183,32 @@ def test_the_command_passes_its_options(
     options = ["--model", "m", "--steps-scale", "2", "--questions", "9"]
     assert main(["demo", "--out", str(tmp_path), *options]) == 0
     assert asked == [{"out": tmp_path, "model": "m", "steps_scale": 2.0, "num_questions": 9}]
+
+
+def test_after_too_few_steps_there_is_nothing_to_reinforce(finished: tuple[Path, str]) -> None:
+    out, shown = finished
+    assert "left out: " in " ".join(shown.split())
+    assert not (out / "mpo").exists()
+
+
+def test_what_is_right_now_and_then_is_reinforced_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro itself, on questions that it answers without a lesson."""
+    monkeypatch.setattr(shipped, "ASSETS", ASSETS)  # not the fixture's tiny model
+    monkeypatch.setattr(boxes_reinforcement, "TASK", "charts:easy")
+    monkeypatch.setattr(boxes_reinforcement, "SCENES", 600)
+    monkeypatch.setattr(demo, "ANSWER_TOKENS", 32)
+    console = Console(file=io.StringIO(), width=80)
+    demo.run(out=tmp_path / "run", steps_scale=SCALE, num_questions=1, console=console)
+    stages = ["before", "SFT", "MPO", "GSPO"]
+    assert page(tmp_path / "run").rows[0][3:] == [*stages, "change, in points"]
+    curves = json.loads((tmp_path / "run/course.json").read_text("utf-8"))
+    assert {"boxes", "mpo", "gspo"} <= set(curves["points"])
+    assert {"rollouts", "pairs", "filter", "whole demo"} <= set(curves["seconds"])
+    weights = [
+        (tmp_path / "run" / folder / "model.safetensors").read_bytes()
+        for folder in ("boxes/model", "mpo/run/model", "gspo/run/model", "model")
+    ]
+    assert len(set(weights)) == 3
+    assert weights[2] == weights[3]

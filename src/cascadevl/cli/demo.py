@@ -14,9 +14,9 @@ def add_parser(subparsers: Subparsers) -> None:
         "demo",
         help="let micro answer, teach it something new, and report what that changed",
         description="Micro, the model that comes with the package, answers a page of pictures at "
-        "once. Then it is fine-tuned for a few minutes on something it does not know, boxes of "
-        "shapes, and examined before and after, on that and on all it knew. Writes a report and "
-        "a checkpoint.",
+        "once. Then it is taught something it does not know, boxes of shapes: fine-tuned, then "
+        "reinforced by MPO and GSPO, and examined all along, on boxes and on all it knew. Leaves "
+        "a report and a checkpoint.",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder to write (runs/demo)"

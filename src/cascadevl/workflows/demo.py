@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from cascadevl.engine.packed_weights import can_pack
+from cascadevl.errors import DataError
 from cascadevl.eval.report import Report, StageScores, write_report
 from cascadevl.eval.responder import ModelResponder
 from cascadevl.eval.runner import run_suite
-from cascadevl.errors import DataError
 from cascadevl.model.loading import find, load
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.shipped import edition

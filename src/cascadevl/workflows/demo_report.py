@@ -23,12 +23,16 @@ _STYLES = {"up": "bold green", "down": "bold red", "open": ""}
 def score_table(stages: Sequence[StageScores], *, compare: bool = False) -> Table:
     """Scores of all stages so far, narrow enough for a terminal of 80 columns.
 
+    Of more than two stages, intervals stand in the report alone.
+
     Args:
         stages: The scores.
         compare: Add what changed from the first stage to the last, in points; bold where the two
             intervals do not meet.
     """
-    table = Table(title="percent right (95 % interval)", title_justify="left")
+    has_intervals = len(stages) <= 2
+    title = "percent right (95 % interval)" if has_intervals else "percent right"
+    table = Table(title=title, title_justify="left")
     table.add_column("question")
     table.add_column("most\nfrequent", justify="right")
     for stage in stages:
@@ -38,7 +42,8 @@ def score_table(stages: Sequence[StageScores], *, compare: bool = False) -> Tabl
     for number, first in enumerate(stages[0].scores):
         shares = [percent(stage.scores[number].estimate) for stage in stages]
         cells: list[str | Text] = [
-            f"{value} ({interval.replace(' to ', '-')})" for value, interval in shares
+            f"{value} ({interval.replace(' to ', '-')})" if has_intervals else value
+            for value, interval in shares
         ]
         if compare:
             points, verdict = change(first.estimate, stages[-1].scores[number].estimate)
