@@ -9,6 +9,7 @@ import pytest
 from cascadevl.cli.main import make_parser
 from cascadevl.cli.train import STAGES, read_config
 from cascadevl.config import load_config
+from cascadevl.workflows.cascade_config import CascadeConfig
 from cascadevl.workflows.mixture_config import MixtureSearchConfig
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,9 @@ def test_every_public_name_is_there():
 def test_every_configuration_file_loads(file: Path):
     if file.name.startswith("mixture_search_"):
         load_config(MixtureSearchConfig, files=[file])
+        return
+    if file.name.startswith("cascade_"):
+        load_config(CascadeConfig, files=[file])
         return
     stage = file.name.partition("_")[0]
     assert stage in STAGES, f"{file.name} does not begin with the stage that runs it"

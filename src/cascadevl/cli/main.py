@@ -85,7 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         can mend, 130 after Ctrl-C.
     """
     args = make_parser().parse_args(argv)
-    keep_freed_memory()
     try:
         code = int(args.run(args))
         sys.stdout.flush()
@@ -104,5 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISTAKE
 
 
+def program() -> int:
+    """A command as a process of its own, whose memory nobody else needs.
+
+    Returns:
+        The exit code.
+    """
+    keep_freed_memory()
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

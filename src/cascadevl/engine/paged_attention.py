@@ -9,6 +9,7 @@ that adds nothing.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -188,11 +189,15 @@ class PagedAttention:
 def _untouched_zeros(
     shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "kv slots dim"]:
-    """Zeros; on a CPU memory that is taken only where it is written, unlike torch's own."""
+    """Zeros; on a CPU memory that is taken only where it is written, unlike torch's own.
+
+    Mapped here, and not by the allocator, which may have to clear memory that it has kept
+    (`cascadevl.host_memory`).
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _attend_block(
