@@ -9,8 +9,9 @@ import PIL.Image
 import torch
 
 from cascadevl.data.collate import collate
-from cascadevl.data.example import ExampleBuilder, ExampleConfig, describe
+from cascadevl.data.example import ExampleBuilder, ExampleConfig
 from cascadevl.data.packing import Packer, size_of
+from cascadevl.data.spans import describe
 from cascadevl.data.tiling import TilingConfig
 from cascadevl.data.tokenizer import build_tokenizer
 from cascadevl.losses.next_token import next_token_loss, token_nll

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cascadevl.data.conversation import thinking_answer
-from cascadevl.data.example import ExampleBuilder, ExampleConfig, describe
+from cascadevl.data.example import ExampleBuilder, ExampleConfig
 from cascadevl.data.meta import read_meta
 from cascadevl.data.prompts import THINKING_PROMPT
 from cascadevl.data.records import JsonlSource
+from cascadevl.data.spans import describe
 from cascadevl.data.tokenizer import build_tokenizer
 from cascadevl.scoring.answers import final_answer, numeric_match
 from cascadevl.scoring.reasoning import fault_of, repetition

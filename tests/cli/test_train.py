@@ -10,7 +10,7 @@ import pytest
 from cascadevl.cli.main import main, make_parser
 from cascadevl.cli.train import marked_text, read_config, split_words
 from cascadevl.config import load_config
-from cascadevl.data.example import Span
+from cascadevl.data.spans import Span
 from cascadevl.data.tokenizer import build_tokenizer
 from cascadevl.errors import ConfigError
 from cascadevl.train.config import TrainConfig

@@ -13,7 +13,7 @@ from tests.engine.small_talk import build
 from tests.model import make_checkpoints as make
 from transformers import PreTrainedTokenizerBase
 
-from cascadevl.data.example import ExampleBuilder, ExampleConfig, describe
+from cascadevl.data.example import ExampleBuilder, ExampleConfig
 from cascadevl.data.parsing import parse_record
 from cascadevl.data.process_records import (
     JudgedSolution,
@@ -25,6 +25,7 @@ from cascadevl.data.process_records import (
     read_judged,
 )
 from cascadevl.data.prompts import PROCESS_REWARD_SYSTEM
+from cascadevl.data.spans import describe
 from cascadevl.errors import ConfigError, DataError
 from cascadevl.types import ImageRef, Message, Record
 

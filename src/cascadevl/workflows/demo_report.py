@@ -23,14 +23,14 @@ _STYLES = {"up": "bold green", "down": "bold red", "open": ""}
 def score_table(stages: Sequence[StageScores], *, compare: bool = False) -> Table:
     """Scores of all stages so far, narrow enough for a terminal of 80 columns.
 
-    Of more than two stages, intervals stand in the report alone.
+    Of more than three stages, intervals stand in the report alone.
 
     Args:
         stages: The scores.
         compare: Add what changed from the first stage to the last, in points; bold where the two
             intervals do not meet.
     """
-    has_intervals = len(stages) <= 2
+    has_intervals = len(stages) <= 3
     title = "percent right (95 % interval)" if has_intervals else "percent right"
     table = Table(title=title, title_justify="left")
     table.add_column("question")
