@@ -25,7 +25,6 @@ TASK = "grounding"
 SCENES = 600
 ANSWER_TOKENS = 128
 MPO_STEPS, GSPO_STEPS = 60, 96
-"""Each about three minutes on two quiet cores."""
 
 UPDATES = 4
 """Of a rollout batch (GSPO paper)."""
@@ -80,7 +79,7 @@ def _gspo(num_steps: int, precision: Precision | None) -> GSPOConfig:
         batch=BatchConfig(row_tokens=4096, row_tiles=256),
         optim=OptimConfig(
             name="adamw",
-            lr=3e-5,  # at 1e-4 it forgot other families and its held-out boxes fell
+            lr=3e-5,  # at 1e-4 it forgot other families (docs/experiments.md)
             betas=(0.9, 0.95),
             warmup_ratio=0.0,
             schedule="constant",
