@@ -42,6 +42,15 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="of the server, in seconds (600)"
     )
+    add_computing(group)
+
+
+def add_computing(group: argparse._ArgumentGroup) -> None:
+    """How a model of ours computes.
+
+    Args:
+        group: Gets the arguments.
+    """
     group.add_argument(
         "--cache-bytes",
         type=byte_size,

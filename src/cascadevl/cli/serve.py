@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cascadevl.cli.arguments import Subparsers, byte_size, positive_int
+from cascadevl.cli.backends import add_computing
 from cascadevl.cli.chat import usable_device
 from cascadevl.errors import ConfigError
 
@@ -45,31 +46,13 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("computing")
-    group.add_argument(
-        "--weights",
-        choices=("stored", "packed", "int8"),
-        default="stored",
-        help="of the language half: as stored (default), packed for a CPU, or int8",
-    )
-    group.add_argument(
-        "--batch-invariant",
-        action="store_true",
-        help="compute every answer as if it ran alone, to the bit; slower",
-    )
-    group.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
+    add_computing(group)
     group.add_argument(
         "--threads",
         type=positive_int,
         metavar="N",
         help="of each half on a CPU (default: the cores shared out among the halves of this "
         "machine; more threads than cores make each other wait)",
-    )
-    group.add_argument(
-        "--cache-bytes",
-        type=byte_size,
-        default=2**30,
-        metavar="N",
-        help="memory for keys and values, as 500MB or 4GB (default: 1 GiB)",
     )
 
 
