@@ -64,15 +64,19 @@ def token_entropies(logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " to
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     entropies = logits.new_empty(len(logits), dtype=dtype)
-    for rows in _blocks(logits):
+    for rows in blocks(logits):
         logs = logits[rows].to(dtype).log_softmax(-1)
         # a token that cannot come adds 0, not 0 * -inf
         entropies[rows] = -(logs.exp() * logs.clamp(min=torch.finfo(dtype).min)).sum(-1)
     return entropies
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Rows that are widened together."""
+def blocks(logits: Float[Tensor, "rows vocab"]) -> Iterator[slice]:
+    """Rows that are widened together.
+
+    Args:
+        logits: Scores of the whole vocabulary.
+    """
     rows = max(1, BLOCK.get(logits.device.type, DEVICE_BLOCK) // max(logits.shape[1], 1))
     for start in range(0, len(logits), rows):
         yield slice(start, start + rows)
@@ -86,7 +90,7 @@ class _TokenLogprobs(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         chosen = logits.new_empty(len(ids), dtype=dtype)
         totals = torch.empty_like(chosen)  # log of the sum of the exponentials
-        for rows in _blocks(logits):
+        for rows in blocks(logits):
             wide, place = logits[rows].to(dtype), ids[rows, None]
             logs = wide.log_softmax(-1)
             chosen[rows] = logs.gather(1, place).squeeze(1)
@@ -99,7 +103,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, ids, totals = ctx.saved_tensors
         result = torch.empty_like(logits)
-        for rows in _blocks(logits):
+        for rows in blocks(logits):
             wide = logits[rows].to(totals.dtype, copy=True)
             weight = grad[rows, None]
             wide.sub_(totals[rows, None]).exp_().mul_(-weight)  # minus the probabilities
