@@ -1,10 +1,8 @@
-"""Examples: released tokens and targets, shared beginnings, drawn things, limits."""
+"""Examples: released tokens and targets, shared beginnings, prompts, refusals."""
 
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,58 +10,32 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.conftest import TEXTS, picture
+from tests.data.conftest import TEXTS
+from tests.data.some_records import (
+    MESSAGES,
+    SQUARE,
+    WIDE,
+    answer,
+    builder_of,
+    record,
+    segment,
+    user,
+)
 from tests.reference import conversation_by_hand
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from cascadevl.data.example import ExampleBuilder, ExampleConfig
-from cascadevl.data.image import jpeg_degrade
+from cascadevl.data.example import ExampleConfig
 from cascadevl.data.parsing import parse_record
-from cascadevl.data.pictures import generator_for
 from cascadevl.data.spans import Span, describe
-from cascadevl.data.tiling import TilingConfig, tile_image
 from cascadevl.data.tokenizer import build_tokenizer
 from cascadevl.errors import ConfigError, DataError
-from cascadevl.sequence import INCREMENTS
-from cascadevl.types import NO_PARENT, Example, ImageRef, Message, Record, VideoRef
-
-TILING = TilingConfig(tile_px=28, max_tiles=6)
-WIDE, SQUARE = ImageRef(picture(60, 28)), ImageRef(picture(30, 30, seed=1))  # 2 + 1 tiles, 1 tile
-
-
-def builder_of(tokenizer: PreTrainedTokenizerFast, **values: object) -> ExampleBuilder:
-    config = ExampleConfig(**{"system": "", "tiling": TILING, **values})  # type: ignore[arg-type]
-    return ExampleBuilder(tokenizer, config, tokens_per_tile=4)
-
-
-def record(*messages: Message, record_id: str = "7", **values: object) -> Record:
-    return Record(source="set.jsonl:8", record_id=record_id, messages=messages, **values)  # type: ignore[arg-type]
-
-
-def user(*parts: str | ImageRef | VideoRef) -> Message:
-    return Message.of("user", *parts)
-
-
-def answer(text: str) -> Message:
-    return Message.of("assistant", text)
-
-
-def segment(example: Example, number: int) -> tuple[list[int], list[bool]]:
-    chosen = example.segments == number
-    return example.input_ids[chosen].tolist(), example.trained[chosen].tolist()
-
+from cascadevl.types import NO_PARENT, ImageRef, Message
 
 TURNS = [
     ("user", "Image-1: <image>\nImage-2: <image>\nHow many red squares?"),
     ("assistant", "There are 3."),
     ("user", "And <ref>dog</ref>?"),
     ("assistant", "No."),
-]
-MESSAGES = [
-    user("Image-1: ", WIDE, "\nImage-2: ", SQUARE, "\nHow many red squares?"),
-    answer("There are 3."),
-    user("And <ref>dog</ref>?"),
-    answer("No."),
 ]
 
 
@@ -235,170 +207,11 @@ def test_branches_with_nothing_in_common_start_anew(tokenizer: PreTrainedTokeniz
     assert set(example.segments.tolist()) == {0, 1}
 
 
-# Pictures
-
-
-def test_several_pictures_share_the_tiles(tokenizer: PreTrainedTokenizerFast) -> None:
-    wide = ImageRef(picture(28 * 6, 28))
-    for num_images, expected in ((1, (7,)), (2, (4, 4)), (3, (3, 3, 3)), (7, (1,) * 7)):
-        example = builder_of(tokenizer)(record(user(*[wide] * num_images), answer("3")))
-        assert example.tiles_per_image == expected
-    apart = builder_of(tokenizer, share_tiles=False)(record(user(wide, wide), answer("3")))
-    assert apart.tiles_per_image == (7, 7)
-
-
-def test_the_limit_of_the_data_set_goes_first(tokenizer: PreTrainedTokenizerFast) -> None:
-    wide = ImageRef(picture(28 * 6, 28))
-    example = builder_of(tokenizer)(record(user(wide), answer("3"), max_tiles=2))
-    assert example.tiles_per_image == (3,)
-    prompt = builder_of(tokenizer).prompt([user(wide)], max_tiles=2)
-    np.testing.assert_array_equal(prompt.tiles, example.tiles)
-
-
-def test_pixels_are_those_of_the_tiling(tokenizer: PreTrainedTokenizerFast) -> None:
-    example = builder_of(tokenizer)(record(user(SQUARE), answer("3")))
-    np.testing.assert_array_equal(example.tiles, tile_image(picture(30, 30, seed=1), TILING))
-
-
-def test_jpeg_only_where_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
-    plain = record(user(SQUARE), answer("3"))
-    augmented = record(user(SQUARE), answer("3"), augment=True)
-    clean = builder_of(tokenizer)(plain).tiles
-    np.testing.assert_array_equal(clean, tile_image(picture(30, 30, seed=1), TILING))
-    candidates = [
-        tile_image(jpeg_degrade(picture(30, 30, seed=1), quality), TILING)
-        for quality in range(75, 101)
-    ]
-    for builder, sample in (
-        (builder_of(tokenizer), augmented),
-        (builder_of(tokenizer, jpeg=True), plain),
-    ):
-        degraded = builder(sample).tiles
-        assert not np.array_equal(degraded, clean)
-        assert any(np.array_equal(degraded, candidate) for candidate in candidates)
-
-
-def test_video_frames_are_lines_of_one_tile_each(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    for number in range(3):
-        picture(60, 28, seed=number).save(tmp_path / f"{number}.png")
-    builder = builder_of(tokenizer, min_frames=2, max_frames=3, jpeg=True)
-    example = builder(record(user(VideoRef(source=tmp_path), "\nWhat?"), answer("3")))
-    shown = "".join(span.text for span in describe(example, tokenizer))
-    count = len(example.tiles_per_image)
-    lines = [f"Frame-{number}: <img><IMG_CONTEXT></img>\n" for number in range(1, count + 1)]
-    assert shown.startswith(f"<|im_start|>user\n{''.join(lines)}What?<|im_end|>\n")
-    assert example.tiles_per_image == (1,) * count
-    assert count in (2, 3)
-    clean = [picture(60, 28, seed=number).resize((28, 28), 3) for number in range(3)]
-    for tile in example.tiles:
-        assert any(np.array_equal(tile, np.asarray(frame)) for frame in clean)
-
-
-def test_a_video_in_a_prompt_shows_the_most_frames(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    for number in range(9):
-        picture(28, 28, seed=number).save(tmp_path / f"{number}.png")
-    builder = builder_of(tokenizer, min_frames=2, max_frames=4)
-    example = builder.prompt([user(VideoRef(source=tmp_path), "\nWhat?")])
-    assert example.tiles_per_image == (1,) * 4
-
-
-# What is drawn at random
-
-
-@pytest.fixture
-def random_builder(tokenizer: PreTrainedTokenizerFast) -> ExampleBuilder:
-    return builder_of(tokenizer, jpeg=True, increment="random", seed=3)
-
-
-def test_draws_depend_on_seed_record_data_set_and_epoch_alone(
-    tokenizer: PreTrainedTokenizerFast, random_builder: ExampleBuilder
-) -> None:
-    parts = [WIDE] * 6
-
-    def drawn(builder: ExampleBuilder, epoch: int = 0, **values: object) -> tuple[object, ...]:
-        example = builder(record(user(*parts), answer("3"), **values), epoch=epoch)
-        return (example.increments, example.tiles.tobytes())
-
-    first = drawn(random_builder)
-    drawn(random_builder, epoch=4)
-    assert drawn(random_builder) == first
-    assert drawn(builder_of(tokenizer, jpeg=True, increment="random", seed=3)) == first
-    others = [
-        drawn(random_builder, epoch=1),
-        drawn(random_builder, record_id="8"),
-        drawn(random_builder, dataset="other"),
-        drawn(builder_of(tokenizer, jpeg=True, increment="random", seed=4)),
-    ]
-    for increments, tiles in others:
-        assert increments != first[0]
-        assert tiles != first[1]
-
-
-def test_draws_are_the_same_in_every_process_and_version() -> None:
-    drawn = generator_for(3, "set", "7", 0, "increment").integers(0, 1000, 4)
-    assert drawn.tolist() == [188, 882, 787, 972]
-    assert generator_for(3, "set", "70", "").random() != generator_for(3, "set", "7", "0").random()
-
-
-def test_increments_are_drawn_one_an_image_from_all_of_them(
-    random_builder: ExampleBuilder,
-) -> None:
-    drawn = [
-        value
-        for epoch in range(40)
-        for value in random_builder(
-            record(user(SQUARE, SQUARE, SQUARE), answer("3")), epoch=epoch
-        ).increments
-    ]
-    assert set(drawn) == set(INCREMENTS)
-    assert len(drawn) == 120
-
-
-def test_a_compression_is_drawn_one_an_image_whatever_the_increments(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    tiling = TilingConfig(tile_px=28, max_tiles=3)
-    config = ExampleConfig(tiling=tiling, compress=0.5, share_tiles=False, seed=3)
-    builder = ExampleBuilder(tokenizer, config, 4, compressed_tokens=1)
-    wide = ImageRef(picture(84, 28))
-    shown = record(user(wide, SQUARE, wide), answer("3"))
-    drawn = [builder(shown, epoch=epoch) for epoch in range(60)]
-    kinds = [[each.tokens_per_tile[place] for place in (0, 4, 5)] for each in drawn]
-    for each, kind in zip(drawn, kinds, strict=True):
-        assert each.tiles_per_image == (4, 1, 4)
-        assert each.tokens_per_tile == (kind[0],) * 4 + (kind[1],) + (kind[2],) * 4
-    assert {tuple(kind) for kind in kinds} == set(product((1, 4), repeat=3))
-    assert builder(shown, epoch=7).tokens_per_tile == drawn[7].tokens_per_tile  # in any order
-    random = replace(config, increment="random")
-    other = ExampleBuilder(tokenizer, random, 4, compressed_tokens=1)(shown, epoch=7)
-    assert other.tokens_per_tile == drawn[7].tokens_per_tile
-    assert builder.prompt(MESSAGES[:3]).tokens_per_tile == ()
-    plain = ExampleBuilder(tokenizer, replace(config, compress=0.0), 4, compressed_tokens=1)
-    assert plain(shown).tokens_per_tile == ()
-
-
-def test_a_sample_that_is_compressed_must_fit_uncompressed_too(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    config = ExampleConfig(tiling=TilingConfig(tile_px=28), compress=1.0, max_tokens=60)
-    builder = ExampleBuilder(tokenizer, config, 50, compressed_tokens=1)
-    with pytest.raises(DataError, match="1 tiles of 50"):
-        builder(record(user(SQUARE, "12?"), answer("3")))
-    with pytest.raises(ConfigError, match="no compressed tiles"):
-        ExampleBuilder(tokenizer, config, 50)
-    with pytest.raises(ConfigError, match="a probability"):
-        replace(config, compress=1.5)
-
-
 # Prompts
 
 
 def test_a_prompt_is_the_beginning_of_what_training_saw(
-    tokenizer: PreTrainedTokenizerFast, random_builder: ExampleBuilder
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     builder = builder_of(tokenizer)
     trained = builder(record(*MESSAGES))
@@ -408,7 +221,8 @@ def test_a_prompt_is_the_beginning_of_what_training_saw(
     assert trained.trained[count:].any()
     assert not prompt.trained.any()
     np.testing.assert_array_equal(prompt.tiles, trained.tiles)
-    calm = random_builder.prompt(MESSAGES[:3])
+    drawing = builder_of(tokenizer, jpeg=True, increment="random", seed=3)
+    calm = drawing.prompt(MESSAGES[:3])
     np.testing.assert_array_equal(calm.tiles, trained.tiles)
     assert calm.increments == ()  # the model's configuration decides
 
