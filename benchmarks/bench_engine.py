@@ -4,8 +4,9 @@ Equal answers are proven first: greedy tokens on small shapes of every kind of t
 then, at the measured shape and type, transformers' own tokens are fed to the engine, and each must
 lie within 0.1 of the engine's top logit. Both sides then answer the same prompts with a fixed
 length of answer, interleaved, every side at its best setting found by a sweep that is recorded.
-``--vllm URL --checkpoint FOLDER`` adds a running vLLM server of that checkpoint's language half
-(docs/concepts/vllm.md); all then answer with its weights.
+Transformers is timed twice: in this process, which keeps freed memory as our commands do, and in
+one of its own as it comes. ``--vllm URL --checkpoint FOLDER`` adds a running vLLM server of that
+checkpoint's language half (docs/concepts/vllm.md); all then answer with its weights.
 
 The last line is one JSON document. Run: ``python benchmarks/bench_engine.py --threads 2``;
 ``--rows decode_1 nano`` chooses rows; ``--tiny`` proves that it works, in a minute.
@@ -19,10 +20,21 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from engine_peers import Case, Ours, Peer, Timing, Transformers, Vllm, make_case, peer_sweep
+from engine_peers import (
+    Case,
+    Elsewhere,
+    Ours,
+    Peer,
+    Timing,
+    Transformers,
+    Vllm,
+    make_case,
+    peer_sweep,
+)
 from engine_proof import prove_small_bodies, prove_within
 
 from cascadevl.engine.packed_weights import can_pack
@@ -117,6 +129,30 @@ def _time(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+KEEPING, PLAIN = "transformers", "transformers_plain"
+"""Transformers where freed memory is kept, and as it comes."""
+
+
+def plain_transformers(
+    preset: str,
+    dtype: torch.dtype,
+    checkpoint: Path | None,
+    settings: tuple[str, str],
+    threads: int,
+) -> Transformers:
+    """Transformers in the process that calls this.
+
+    Args:
+        preset: As `make_model` takes it, and so are the next two.
+        dtype: Type of the weights.
+        checkpoint: Weights of the larger model.
+        settings: Attention and cache.
+        threads: Of this process.
+    """
+    torch.set_num_threads(threads)
+    return Transformers(make_model(preset, dtype, checkpoint), *settings)
+
+
 def make_model(
     preset: str, dtype: torch.dtype, checkpoint: Path | None
 ) -> CascadeVLForConditionalGeneration:
@@ -172,9 +208,12 @@ def compare(name: str, row: Row, arguments: argparse.Namespace) -> dict[str, obj
     model = make_model(preset, dtype, arguments.checkpoint)
     machine = measure_machine(dtype, tiny=arguments.tiny)
     case = make_case(row, model, seed=0)
-    theirs, sweep = peer_sweep(model, make_case(row, model, seed=1), Transformers)
+    theirs, best, sweep = peer_sweep(model, make_case(row, model, seed=1), Transformers)
     margin = prove_within(model, theirs, case, at_most=0.1)
-    peers: dict[str, Peer] = {"transformers": theirs, "ours": Ours(model)}
+    plain = Elsewhere(
+        partial(plain_transformers, preset, dtype, arguments.checkpoint, best, arguments.threads)
+    )
+    peers: dict[str, Peer] = {KEEPING: theirs, PLAIN: plain, "ours": Ours(model)}
     if can_pack(model):
         peers["ours_packed"] = Ours(model, "packed")
         if dtype == torch.bfloat16:
@@ -186,6 +225,7 @@ def compare(name: str, row: Row, arguments: argparse.Namespace) -> dict[str, obj
         for peer, answers in peers.items():
             fresh = make_case(row, model, seed=2 + repetition)
             timings[peer].append(value_of(row, answers.time(fresh)))
+    plain.close()
     unit = {"first": "1/s to the first token", "rate": "tokens/s", "whole": "1/s"}[row.measure]
     limit = limit_of(row, model, case, machine)
     result: dict[str, object] = {
@@ -197,16 +237,23 @@ def compare(name: str, row: Row, arguments: argparse.Namespace) -> dict[str, obj
         "machine": {"bytes_per_s": machine.bytes_per_s, "flops_per_s": machine.flops_per_s},
         "limit": limit,
     }
-    print(f"\n{name} ({unit}), limit of the machine {limit:.3g}, aim {row.aim:.2f}x")
+    print(f"\n{name} ({unit}), limit of the machine {limit:.3g}, aim {row.aim:.2f}x; ratios to")
+    print(f"{KEEPING} and {PLAIN}")
     for peer, values in timings.items():
-        ratios = [v / t for v, t in zip(values, timings["transformers"], strict=True)]
-        low, median, high = quartiles(ratios)
         middle = statistics.median(values)
-        print(
-            f"  {peer:14} {middle:9.3g}  {median:6.2f}x (quartiles {low:.2f}-{high:.2f}, "
-            f"{len(values)} repetitions), {middle / limit:.0%} of the limit"
+        ratios = {
+            base: quartiles([v / t for v, t in zip(values, timings[base], strict=True)])
+            for base in (KEEPING, PLAIN)
+        }
+        said = " and ".join(
+            f"{median:.2f}x (quartiles {low:.2f}-{high:.2f})"
+            for low, median, high in ratios.values()
         )
-        result[peer] = {"values": values, "ratio": [low, median, high]}
+        print(
+            f"  {peer:18} {middle:9.3g}  {said}, {len(values)} repetitions, "
+            f"{middle / limit:.0%} of the limit"
+        )
+        result[peer] = {"values": values, "ratios": ratios}
     return result
 
 
