@@ -13,6 +13,7 @@ import zmq
 from cascadevl.engine.requests import Completion, TokenLogprobs, TokenOutput, Usage
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import ServerError
+from cascadevl.model.routing import Thresholds
 from cascadevl.serving.fleet import NOTHING
 from cascadevl.serving.wire import (
     Ask,
@@ -49,10 +50,12 @@ MESSAGES: list[Message] = [
     Beat(NOTHING),
     Ask(1, (2, 1), SamplingParams(stop=("a",), top_p=0.5), 3, (0.5, 0.25), True),
     Ask(1, (), SamplingParams(), 1, None, False),
-    Encode(5, "language-1", "ipc://x", (b"ab", b"\x00\xff"), (2, 4, 4, 3)),
+    Encode(5, "language-1", "ipc://x", (b"ab", b"\x00\xff"), (2, 4, 4, 3), (16, 4)),
+    Encode(5, "language-1", "ipc://x", (b"ab",), (1, 4, 4, 3), (), 0.5),
+    Encode(5, "a", "ipc://x", (b"ab",), (1, 4, 4, 3), (), Thresholds(absolute=0.4, relative=0.7)),
     Open(),
     Credit(2**40),
-    Features(5, "bfloat16", (2, 3, 4)),
+    Features(5, "bfloat16", (3, 2), 4),
     Said((TOKEN,), (ANSWER,)),
 ]
 
@@ -115,15 +118,17 @@ def test_nonsense_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_features_arrive_to_the_bit(dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
-    tiles = [torch.randn(3, 4, generator=generator).to(dtype) for _ in range(2)]
+    tiles = [torch.randn(number, 4, generator=generator).to(dtype) for number in (16, 4, 16)]
     bits = bits_of(tiles)
-    assert len(bits) == 24 * dtype.itemsize
-    message = Features(1, dtype_name(dtype), (2, 3, 4))
-    assert torch.equal(features_of(message, bits), torch.stack(tiles))
-    with pytest.raises(ServerError, match=r"\(2, 3, 4\)"):
+    assert len(bits) == 36 * 4 * dtype.itemsize
+    message = Features(1, dtype_name(dtype), (16, 4, 16), 4)
+    found = features_of(message, bits)
+    assert len(found) == 3
+    assert all(torch.equal(one, other) for one, other in zip(found, tiles, strict=True))
+    with pytest.raises(ServerError, match="36 visual tokens of 4 numbers"):
         features_of(message, bits[1:])
     with pytest.raises(ServerError, match="float99"):
-        features_of(Features(1, "float99", (2, 3, 4)), bits)
+        features_of(Features(1, "float99", (36,), 4), bits)
 
 
 def test_pixels_must_be_as_many_as_announced():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cascadevl.model.configuration import CascadeVLConfig
     from cascadevl.model.modeling import CascadeVLForConditionalGeneration
     from cascadevl.serving.engine_thread import Answers
+    from cascadevl.serving.openai_prompts import Asker
 
 _NEEDED = ("fastapi", "uvicorn", "zmq", "msgspec", "prometheus_client")
 
@@ -64,6 +65,12 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         default=1024,
         metavar="N",
         help="of an answer, where a request names none (1024)",
+    )
+    group.add_argument(
+        "--visual-budget",
+        metavar="B",
+        help="tiles that a Flash model keeps full, where a request does not say: full, compressed, "
+        "a share (0.5 or 50%%), or threshold=P[,quantile=Q] (default: the model's thresholds)",
     )
     group.add_argument(
         "--max-requests",
@@ -146,6 +153,10 @@ def _check_processes(args: argparse.Namespace) -> None:
         raise ConfigError("--role is one server; leave out --coupled, --vision, --language, --wire")
     if args.coupled and is_front:
         raise ConfigError("--coupled is one process; leave out --vision, --language and --wire")
+    if args.role is not None and args.visual_budget is not None:
+        raise ConfigError(
+            "--visual-budget is for the front, which tells its servers; give it there"
+        )
     if (args.role is not None) != (args.join is not None):
         raise ConfigError("--role and --join belong together: who, and for which front")
     if (args.role == "language") != (args.features is not None):
@@ -157,18 +168,29 @@ def _check_processes(args: argparse.Namespace) -> None:
         )
 
 
-def _serve(
-    args: argparse.Namespace,
-    answers: Answers,
-    processor: CascadeVLProcessor,
-    config: CascadeVLConfig,
-) -> None:
+def _asker(
+    args: argparse.Namespace, processor: CascadeVLProcessor, config: CascadeVLConfig
+) -> Asker:
+    """What makes requests of bodies.
+
+    Raises:
+        RequestError: If the model cannot keep the visual budget.
+    """
+    from cascadevl.model.routing import budget_for, parse_budget
+    from cascadevl.serving.openai_prompts import Asker
+
+    budget = None if args.visual_budget is None else parse_budget(args.visual_budget)
+    budget_for(config, budget)
+    return Asker(
+        processor=processor, config=config, max_tokens=args.max_tokens, visual_budget=budget
+    )
+
+
+def _serve(args: argparse.Namespace, answers: Answers, asker: Asker) -> None:
     """Listen until the process is told to stop."""
     from cascadevl.serving.api import Api, ApiConfig
-    from cascadevl.serving.openai_prompts import Asker
     from cascadevl.serving.run_server import ApiServer, serve
 
-    asker = Asker(processor=processor, config=config, max_tokens=args.max_tokens)
     limits = ApiConfig(
         model_name=args.name or args.model,
         max_requests=args.max_requests,
@@ -210,14 +232,11 @@ def _use_threads(number: int) -> None:
 def _run_coupled(args: argparse.Namespace) -> int:
     import cascadevl
     from cascadevl.serving.coupled import Coupled
-    from cascadevl.serving.engine_thread import EngineThread
 
     model, processor = cascadevl.load(args.model, device=usable_device(args.device))
-    # A router needs the whole engine: the halves, apart even in one process, do not route.
-    routes = model.config.flash_mode
-    _use_threads(args.threads or _share_of_cores(1 if routes else 2))
-    engine = _engine(args, model, processor)
-    _serve(args, EngineThread(engine) if routes else Coupled(engine), processor, model.config)
+    asker = _asker(args, processor, model.config)
+    _use_threads(args.threads or _share_of_cores(2))
+    _serve(args, Coupled(_engine(args, model, processor)), asker)
     return 0
 
 
@@ -228,6 +247,7 @@ def _run_front(args: argparse.Namespace) -> int:
     from cascadevl.serving.processes import Keeper
 
     config, processor, checkpoint = load_settings(args.model)
+    asker = _asker(args, processor, config)
     with TemporaryDirectory(prefix="cascadevl-") as folder:
         local = f"ipc://{folder}/front"
         addresses = [local] if args.wire is None else [local, args.wire]
@@ -236,7 +256,7 @@ def _run_front(args: argparse.Namespace) -> int:
         try:
             for keeper in keepers:
                 keeper.start()
-            _serve(args, pipeline, processor, config)
+            _serve(args, pipeline, asker)
         finally:
             for keeper in keepers:
                 keeper.stop()

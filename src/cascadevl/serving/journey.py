@@ -19,6 +19,7 @@ from cascadevl.engine.requests import (
     TokenOutput,
 )
 from cascadevl.errors import CascadeVLError, RequestError, ServerError
+from cascadevl.model.routing import KeepShare, Thresholds, VisualBudget
 from cascadevl.serving.engine_thread import Output
 from cascadevl.serving.fleet import Server
 from cascadevl.types import Example
@@ -82,6 +83,16 @@ def _of_parts(
             raise RequestError("the request brings features, but they are made by the server")
     tiles = np.concatenate(pictures) if pictures else np.empty((0, 1, 1, 3), dtype=np.uint8)
     return np.array(ids, dtype=np.int64), tiles, tuple(map(len, pictures))
+
+
+def asked_of_router(budget: VisualBudget) -> float | Thresholds:
+    """A budget on its way to the router: the share to be kept, or thresholds.
+
+    Args:
+        budget: Of a request whose tiles are not settled without the router.
+    """
+    assert not isinstance(budget, str), "a budget without a choice is settled"
+    return budget.share if isinstance(budget, KeepShare) else budget
 
 
 @dataclass(slots=True, eq=False)

@@ -12,11 +12,14 @@ import logging
 from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
+import torch
 import zmq
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.requests import (
@@ -195,20 +198,16 @@ class LanguageServer(Member):
         if job is None or job.task is not None:
             await self._features.send(Credit(num_bytes), to=parcel.sender)
             return
-        projected = features_of(message, parcel.frames[0])
+        tiles = iter(features_of(message, parcel.frames[0]))
         job.owed, job.owed_to = num_bytes, parcel.sender
         await self.front.send(Received(message.request))
-        ends = np.cumsum(job.ask.tiles_per_image).tolist()
-        pictures = [
-            VisualFeatures(projected=projected[end - count : end])
-            for end, count in zip(ends, job.ask.tiles_per_image, strict=True)
-        ]
+        pictures = [picture_of(list(islice(tiles, count))) for count in job.ask.tiles_per_image]
         self._begin(job, pictures)
 
-    def _begin(self, job: _Job, pictures: Sequence[VisualFeatures]) -> None:
+    def _begin(self, job: _Job, pictures: Sequence[ImageFeatures]) -> None:
         job.task = asyncio.ensure_future(self._answer(job, pictures))
 
-    async def _answer(self, job: _Job, pictures: Sequence[VisualFeatures]) -> None:
+    async def _answer(self, job: _Job, pictures: Sequence[ImageFeatures]) -> None:
         """Answer a request to its end."""
         ask = job.ask
         try:
@@ -238,8 +237,18 @@ class LanguageServer(Member):
             await self._features.send(Credit(owed), to=job.owed_to)
 
 
+def picture_of(tiles: Sequence[Float[Tensor, "_ hidden"]]) -> ImageFeatures:
+    """A picture of tiles, of which a router may have given some fewer visual tokens.
+
+    Args:
+        tiles: The visual tokens of each, in order.
+    """
+    runs = [list(run) for _, run in groupby(tiles, key=len)]
+    return ImageFeatures(tuple(VisualFeatures(projected=torch.stack(run)) for run in runs))
+
+
 def prompt_parts(
-    ids: Int[np.ndarray, " slots"], pictures: Sequence[VisualFeatures], image_token_id: int
+    ids: Int[np.ndarray, " slots"], pictures: Sequence[ImageFeatures], image_token_id: int
 ) -> tuple[PromptPart, ...]:
     """A prompt in parts: the text between its slots, and the features of its pictures.
 
@@ -259,7 +268,7 @@ def prompt_parts(
     for slot, picture in zip(slots, pictures, strict=True):
         if slot > start:
             parts.append(TextIds(tuple(ids[start:slot].tolist())))
-        parts.append(ImageFeatures((picture,)))
+        parts.append(picture)
         start = slot + 1
     if start < len(ids):
         parts.append(TextIds(tuple(ids[start:].tolist())))

@@ -121,19 +121,24 @@ def usage_of(usages: Sequence[EngineUsage]) -> Usage:
         prompt_tokens_details=PromptDetails(
             cached_tokens=min(usage.cached_tokens for usage in usages),
             visual_tokens=usages[0].visual_tokens,
+            tiles=usages[0].tiles,
+            compressed_tiles=usages[0].compressed_tiles,
         ),
     )
 
 
 def sum_of(usages: Sequence[Usage]) -> Usage:
     """What several prompts took together."""
+    details = [usage.prompt_tokens_details for usage in usages]
     return Usage(
         prompt_tokens=sum(usage.prompt_tokens for usage in usages),
         completion_tokens=sum(usage.completion_tokens for usage in usages),
         total_tokens=sum(usage.total_tokens for usage in usages),
         prompt_tokens_details=PromptDetails(
-            cached_tokens=sum(u.prompt_tokens_details.cached_tokens for u in usages),
-            visual_tokens=sum(u.prompt_tokens_details.visual_tokens for u in usages),
+            cached_tokens=sum(each.cached_tokens for each in details),
+            visual_tokens=sum(each.visual_tokens for each in details),
+            tiles=sum(each.tiles for each in details),
+            compressed_tiles=sum(each.compressed_tiles for each in details),
         ),
     )
 

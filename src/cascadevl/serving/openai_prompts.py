@@ -21,6 +21,7 @@ from cascadevl.engine.requests import Request, TextIds
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import DataError, RequestError
 from cascadevl.model.configuration import CascadeVLConfig
+from cascadevl.model.routing import KeepShare, VisualBudget, parse_budget
 from cascadevl.sequence import INCREMENTS
 from cascadevl.serving.answer_parts import CALL_END
 from cascadevl.serving.openai_schema import (
@@ -71,11 +72,14 @@ class Asker:
         processor: Makes prompts.
         config: Of the model.
         max_tokens: Most tokens of an answer where a request names none.
+        visual_budget: Which tiles are compressed where a request does not say; the model's own
+            thresholds if None.
     """
 
     processor: CascadeVLProcessor
     config: CascadeVLConfig
     max_tokens: int = 1024
+    visual_budget: VisualBudget | None = None
 
     def chat(self, body: ChatRequest) -> Asked:
         """What a conversation asks.
@@ -114,6 +118,7 @@ class Asker:
             sampling=sampling,
             num_samples=body.n or 1,
             increments=body.increment,
+            visual_budget=self._budget(body.visual_budget),
             stream=bool(body.stream),
         )
         is_call = bool(body.tools) and _must_call(body)
@@ -154,6 +159,11 @@ class Asker:
             )
             asked.append(Asked(request=request, num_best=num if chooses else None))
         return asked
+
+    def _budget(self, asked: float | str | None) -> VisualBudget | None:
+        if asked is None:
+            return self.visual_budget
+        return parse_budget(asked) if isinstance(asked, str) else KeepShare(asked)
 
     def _example(self, body: ChatRequest) -> Example:
         with TemporaryDirectory(prefix="cascadevl-") as folder:

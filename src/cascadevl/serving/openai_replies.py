@@ -1,7 +1,7 @@
 """What OpenAI's clients read: the bodies of replies, and of the events of a stream.
 
-Numbers beyond OpenAI's stand in fields of their own: ``visual_tokens`` of the prompt, and
-``reasoning_content`` beside the content of an answer.
+What goes beyond OpenAI's stands in fields of its own: ``visual_tokens``, ``tiles`` and
+``compressed_tiles`` of the prompt, and ``reasoning_content`` beside the content of an answer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ class PromptDetails(BaseModel):
 
     cached_tokens: int
     visual_tokens: int
+    tiles: int
+    compressed_tiles: int
 
 
 class Usage(BaseModel):

@@ -218,6 +218,9 @@ class ChatRequest(Asking):
         thinking: Whether to reason first; the answer is begun so that this is certain. Left out,
             the model does as it was taught.
         increment: Position step of visual tokens (V2PE); left out, the model's own rule.
+        visual_budget: Which tiles a Flash model keeps full: ``full``, ``compressed``, a share
+            (0.5 or ``50%``), ``threshold=P`` or ``threshold=P,quantile=Q``; left out, the server's
+            default, or else the model's own thresholds.
     """
 
     messages: Annotated[list[_Message], Field(min_length=1)]
@@ -230,6 +233,7 @@ class ChatRequest(Asking):
     response_format: _Format | None = None
     thinking: bool | None = None
     increment: Annotated[float, Field(gt=0, le=1)] | None = None
+    visual_budget: Annotated[float, Field(ge=0, le=1)] | str | None = None
 
 
 class CompletionRequest(Asking):

@@ -25,7 +25,7 @@ from cascadevl.errors import CascadeVLError, RequestError, ServerError
 from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.serving.engine_thread import Output
 from cascadevl.serving.fleet import Fleet, Server
-from cascadevl.serving.journey import Journey, contents_of
+from cascadevl.serving.journey import Journey, asked_of_router, contents_of
 from cascadevl.serving.wire import (
     Accepted,
     Ask,
@@ -144,11 +144,6 @@ class Pipeline:
             raise ServerError(f"nothing is answered any more: {failure}")
         loop = asyncio.get_running_loop()
         prompt = await loop.run_in_executor(None, prepare, request, self._model_config)
-        if prompt.unrouted is not None or prompt.num_compressed:
-            raise RequestError(
-                "separate halves of a model do not route tiles yet; serve a Flash model in one "
-                "process, or set flash_mode to false in its config.json for all visual tokens"
-            )
         contents = contents_of(request, self._model_config.image_token_id)
         journey = Journey(next(self._numbers), request, prompt, contents)
         self._open[journey.number] = journey
@@ -198,13 +193,15 @@ class Pipeline:
             return
         journey.vision = server
         server.load += len(tiles)
-        pixels = journey.contents.tiles
+        pixels, unrouted = journey.contents.tiles, journey.prompt.unrouted
         encode = Encode(
             request=journey.number,
             server=journey.language.id.decode(),
             features_at=journey.language.hello.features_at,
             keys=tuple(tile.content.key for tile in tiles),
             shape=(*pixels.shape[:3], 3),
+            tokens_per_tile=() if unrouted is not None else journey.prompt.tokens_per_tile,
+            budget=None if unrouted is None else asked_of_router(unrouted.budget),
         )
         await self._link.send(encode, pixels.data.cast("B"), to=server.id)
 

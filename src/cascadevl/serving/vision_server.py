@@ -1,5 +1,8 @@
 """The vision half as a server: tiles of many requests in, their visual tokens out.
 
+The router is part of it (InternVL3.5-Flash): it decides for the tiles of each request how many
+visual tokens they get, so that only those travel.
+
 Two of the three stages of the pipeline are here, and overlap: one thread encodes while what it has
 encoded is sent. Features go straight to the language server that asked, as far as it has given
 credit; what it has no room for waits here, and where too much waits nothing more is encoded.
@@ -14,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import zmq
 from torch import Tensor
 
@@ -22,6 +26,7 @@ from cascadevl.engine.prompts import Tile
 from cascadevl.engine.requests import EngineStats
 from cascadevl.engine.vision import VisionCache
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.model.routing import KeepShare, Thresholds, compressed_tiles, tokens_of
 from cascadevl.serving.member import BEAT_S, Member
 from cascadevl.serving.wire import (
     Broken,
@@ -60,12 +65,23 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """Tiles of a request."""
+    """Tiles of a request.
+
+    Attributes:
+        request: Its number.
+        server: Who gets their features.
+        features_at: Where that takes them.
+        contents: What the tiles show.
+        tokens_per_tile: Visual tokens of each, if that is decided.
+        budget: What the router decides by otherwise.
+    """
 
     request: int
     server: str
     features_at: str
-    tiles: tuple[Tile, ...]
+    contents: tuple[Content, ...]
+    tokens_per_tile: tuple[int, ...]
+    budget: KeepShare | Thresholds | None
 
 
 @dataclass(slots=True, eq=False)
@@ -150,15 +166,7 @@ class VisionServer(Member):
         """Take a message of the front."""
         match parcel.message:
             case Encode() as message:
-                pixels = pixels_of(message, parcel.frames[0])
-                full = self._cache.model.tokens_per_tile
-                tiles = tuple(
-                    Tile(0, full, Content(key, full, pixels=tile))
-                    for key, tile in zip(message.keys, pixels, strict=True)
-                )
-                self._queue.append(
-                    _Job(message.request, message.server, message.features_at, tiles)
-                )
+                self._queue.append(_job(message, parcel.frames[0]))
                 self._more.set()
             case Drop(request):
                 self._queue = deque(job for job in self._queue if job.request != request)
@@ -191,10 +199,10 @@ class VisionServer(Member):
     async def _encode_some(self) -> None:
         """Encode the tiles of one request, or of several that make no more than a batch."""
         jobs = [self._queue.popleft()]
-        num_tiles = len(jobs[0].tiles)
-        while self._queue and num_tiles + len(self._queue[0].tiles) <= self._config.max_batch_tiles:
+        num_tiles, most = len(jobs[0].contents), self._config.max_batch_tiles
+        while self._queue and num_tiles + len(self._queue[0].contents) <= most:
             jobs.append(self._queue.popleft())
-            num_tiles += len(jobs[-1].tiles)
+            num_tiles += len(jobs[-1].contents)
         self._encoding = {job.request for job in jobs}
         loop = asyncio.get_running_loop()
         made = await loop.run_in_executor(self._computing, self._encoded, jobs)
@@ -208,16 +216,33 @@ class VisionServer(Member):
 
     def _encoded(self, jobs: Sequence[_Job]) -> list[tuple[Features, memoryview]]:
         """Messages of features, made in the thread that computes."""
-        tiles = [tile for job in jobs for tile in job.tiles]
+        counts = self._routed(jobs)
+        tiles = [
+            Tile(0, number, content)
+            for job, numbers in zip(jobs, counts, strict=True)
+            for content, number in zip(job.contents, numbers, strict=True)
+        ]
         features = iter(self._cache.features(tiles))
         made = []
-        for job in jobs:
-            mine: list[Tensor] = [next(features) for _ in job.tiles]
-            number, width = mine[0].shape
-            shape = (len(mine), number, width)
-            message = Features(job.request, dtype_name(mine[0].dtype), shape)
-            made.append((message, bits_of(mine)))
+        for job, numbers in zip(jobs, counts, strict=True):
+            mine: list[Tensor] = [next(features) for _ in numbers]
+            dtype, width = dtype_name(mine[0].dtype), mine[0].shape[1]
+            made.append((Features(job.request, dtype, numbers, width), bits_of(mine)))
         return made
+
+    def _routed(self, jobs: Sequence[_Job]) -> list[tuple[int, ...]]:
+        """Visual tokens of the tiles of each request; the router is asked for all at once."""
+        undecided = [each for job in jobs if job.budget is not None for each in job.contents]
+        chances = iter(self._cache.probabilities(undecided).unbind() if undecided else ())
+        config = self._cache.model.config
+        counts = []
+        for job in jobs:
+            numbers = job.tokens_per_tile
+            if job.budget is not None:
+                mine = torch.stack([next(chances) for _ in job.contents])
+                numbers = tokens_of(config, compressed_tiles(mine, job.budget))
+            counts.append(numbers)
+        return counts
 
     def _unsent_bytes(self) -> int:
         return sum(len(bits) for way in self._ways.values() for _, bits in way.outgoing)
@@ -277,3 +302,20 @@ class VisionServer(Member):
                 way.credit -= len(bits)
                 await way.link.send(message, bits)
                 self._more.set()
+
+
+def _job(message: Encode, pixels: memoryview) -> _Job:
+    """What is to be encoded, and how it is routed."""
+    budget = KeepShare(message.budget) if isinstance(message.budget, float) else message.budget
+    contents = tuple(
+        Content(key, pixels=tile)
+        for key, tile in zip(message.keys, pixels_of(message, pixels), strict=True)
+    )
+    return _Job(
+        request=message.request,
+        server=message.server,
+        features_at=message.features_at,
+        contents=contents,
+        tokens_per_tile=message.tokens_per_tile,
+        budget=budget,
+    )

@@ -30,6 +30,7 @@ from torch import Tensor
 from cascadevl.engine.requests import Completion, EngineStats, TokenOutput
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import ServerError
+from cascadevl.model.routing import Thresholds
 
 Role: TypeAlias = Literal["vision", "language"]
 
@@ -84,13 +85,26 @@ class Accepted(_Message, frozen=True):
 
 
 class Encode(_Message, frozen=True):
-    """Tiles of a request, whose pixels follow as a frame; features go to a language server."""
+    """Tiles of a request, whose pixels follow as a frame; features go to a language server.
+
+    Attributes:
+        request: Its number.
+        server: Who gets the features.
+        features_at: Where that takes them.
+        keys: Of the tiles.
+        shape: Of the pixels.
+        tokens_per_tile: Visual tokens of each tile, if that is decided.
+        budget: What the router of the vision server decides by otherwise: the share of the tiles
+            that stays full, or thresholds.
+    """
 
     request: int
     server: str
     features_at: str
     keys: tuple[bytes, ...]
     shape: tuple[int, int, int, int]
+    tokens_per_tile: tuple[int, ...] = ()
+    budget: float | Thresholds | None = None
 
 
 class Open(_Message, frozen=True):
@@ -104,11 +118,19 @@ class Credit(_Message, frozen=True):
 
 
 class Features(_Message, frozen=True):
-    """The features of all tiles of a request; their bits follow as a frame."""
+    """The visual tokens of all tiles of a request; their bits follow as a frame.
+
+    Attributes:
+        request: Its number.
+        dtype: Type of the numbers.
+        tokens_per_tile: Visual tokens of each tile: a router gives them different ones.
+        width: Numbers of a visual token.
+    """
 
     request: int
     dtype: str
-    shape: tuple[int, int, int]
+    tokens_per_tile: tuple[int, ...]
+    width: int
 
 
 class Received(_Message, frozen=True):
@@ -282,18 +304,18 @@ class Link:
         self._socket.close(linger=0)
 
 
-def bits_of(features: Sequence[Float[Tensor, "visual_tokens hidden"]]) -> memoryview:
+def bits_of(features: Sequence[Float[Tensor, "_ hidden"]]) -> memoryview:
     """The bits of features, one tile after the other.
 
     Args:
-        features: Of tiles with equally many visual tokens.
+        features: The visual tokens of each.
     """
-    stacked = torch.stack(list(features)).cpu().contiguous()
-    return stacked.view(torch.uint8).numpy().data.cast("B")
+    joined = torch.cat(list(features)).cpu().contiguous()
+    return joined.view(torch.uint8).numpy().data.cast("B")
 
 
-def features_of(message: Features, bits: memoryview) -> Float[Tensor, "tiles visual_tokens hidden"]:
-    """Features from their bits.
+def features_of(message: Features, bits: memoryview) -> list[Float[Tensor, "_ hidden"]]:
+    """The visual tokens of each tile from their bits.
 
     Raises:
         ServerError: If there are not as many bits as the message says.
@@ -301,14 +323,16 @@ def features_of(message: Features, bits: memoryview) -> Float[Tensor, "tiles vis
     dtype = _DTYPES.get(message.dtype)
     if dtype is None:
         raise ServerError(f"features of type {message.dtype!r} have come, which is not known")
-    wanted = int(np.prod(message.shape)) * dtype.itemsize
-    if len(bits) != wanted:
+    num_tokens = sum(message.tokens_per_tile)
+    wanted = num_tokens * message.width * dtype.itemsize
+    if not wanted or len(bits) != wanted:
         raise ServerError(
-            f"{len(bits)} bytes of features have come, but {message.shape} of {message.dtype} are "
-            f"{wanted}"
+            f"{len(bits)} bytes of features have come, but {num_tokens} visual tokens of "
+            f"{message.width} numbers in {message.dtype} are {wanted}"
         )
     own = bytearray(bits)  # the frame belongs to ZeroMQ and may not be written
-    return torch.frombuffer(own, dtype=dtype).view(message.shape)
+    joined = torch.frombuffer(own, dtype=dtype).view(num_tokens, message.width)
+    return list(joined.split(list(message.tokens_per_tile)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
