@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cascadevl.cli.arguments import Subparsers
+from cascadevl.cli.configured import add_configuration, configuration
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -17,17 +18,11 @@ def add_parser(subparsers: Subparsers) -> None:
         "skipped, and one that was interrupted goes on, so the same command always finishes the "
         "work. Leaves summary.md and summary.json with score, time and operations of each stage. "
         "The last line of output is one JSON document.",
-        usage="cascadevl cascade CONFIG.yaml [...] [key=value ...] [--print_config]",
     )
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="CONFIG.yaml | key=value",
-        help="configuration files, and keys that override them, such as model=runs/sft/model, "
-        "stages='[rollouts,pairs,mpo]', gspo.run.num_steps=80 or out=runs/cascade",
-    )
-    parser.add_argument(
-        "--print_config", action="store_true", help="print the whole configuration and stop"
+    add_configuration(
+        parser,
+        "model=runs/sft/model, stages='[rollouts,pairs,mpo]', gspo.run.num_steps=80 or "
+        "out=runs/cascade",
     )
     parser.set_defaults(run=run)
 
@@ -36,15 +31,11 @@ def run(args: argparse.Namespace) -> int:
     """Go through the stages and print the summary."""
     import json
 
-    from cascadevl.config import dump_config, load_config
     from cascadevl.workflows.cascade import cascade
     from cascadevl.workflows.cascade_config import CascadeConfig
 
-    files = [word for word in args.words if "=" not in word]
-    overrides = [word for word in args.words if "=" in word]
-    config = load_config(CascadeConfig, files=files, overrides=overrides)
-    if args.print_config:
-        print(dump_config(config), end="")
+    config = configuration(args, CascadeConfig)
+    if config is None:
         return 0
     summary = cascade(config)
     print(summary.table.read_text("utf-8"))

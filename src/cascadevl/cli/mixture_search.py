@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cascadevl.cli.arguments import Subparsers
+from cascadevl.cli.configured import add_configuration, configuration
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -18,17 +19,10 @@ def add_parser(subparsers: Subparsers) -> None:
         "on held-out data; a finished one is not trained again. Leaves table.md, table.json and "
         "mixture.yaml, the configuration of a run on the chosen mixture. The last line of output "
         "is one JSON document.",
-        usage="cascadevl mixture-search CONFIG.yaml [...] [key=value ...] [--print_config]",
     )
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="CONFIG.yaml | key=value",
-        help="configuration files, and keys that override them, such as "
+    add_configuration(
+        parser,
         "train.data.meta='[meta.json]', stage2_tokens=5000000 or out=runs/search",
-    )
-    parser.add_argument(
-        "--print_config", action="store_true", help="print the whole configuration and stop"
     )
     parser.set_defaults(run=run)
 
@@ -37,15 +31,11 @@ def run(args: argparse.Namespace) -> int:
     """Search and print the table."""
     import json
 
-    from cascadevl.config import dump_config, load_config
     from cascadevl.workflows.mixture_config import MixtureSearchConfig
     from cascadevl.workflows.mixture_search import search
 
-    files = [word for word in args.words if "=" not in word]
-    overrides = [word for word in args.words if "=" in word]
-    config = load_config(MixtureSearchConfig, files=files, overrides=overrides)
-    if args.print_config:
-        print(dump_config(config), end="")
+    config = configuration(args, MixtureSearchConfig)
+    if config is None:
         return 0
     result = search(config)
     print(result.table.read_text("utf-8"))
