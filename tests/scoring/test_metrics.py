@@ -81,3 +81,23 @@ def test_macro_f1_by_hand() -> None:
     assert metrics.macro_f1([], []) == 0.0
     with pytest.raises(ValueError, match="1 predictions for 2"):
         metrics.macro_f1(["a"], ["a", "b"])
+
+
+def test_area_under_roc_equals_the_loops() -> None:
+    generator = np.random.default_rng(0)
+    scores = generator.integers(0, 6, size=30).tolist()  # with ties
+    positive = (generator.random(30) < 0.4).tolist()
+    right = [s for s, p in zip(scores, positive, strict=True) if p]
+    wrong = [s for s, p in zip(scores, positive, strict=True) if not p]
+    wins = sum((r > w) + (r == w) / 2 for r in right for w in wrong)
+    found = metrics.area_under_roc(list(map(float, scores)), positive)
+    assert found == pytest.approx(wins / (len(right) * len(wrong)))
+
+
+def test_area_under_roc_at_the_borders() -> None:
+    assert metrics.area_under_roc([0.1, 0.9], [False, True]) == 1.0
+    assert metrics.area_under_roc([0.9, 0.1], [False, True]) == 0.0
+    assert metrics.area_under_roc([0.5, 0.5], [False, True]) == 0.5
+    assert math.isnan(metrics.area_under_roc([0.1, 0.9], [True, True]))
+    with pytest.raises(ValueError, match="1 scores for 2 cases"):
+        metrics.area_under_roc([0.1], [True, False])

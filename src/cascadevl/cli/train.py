@@ -27,6 +27,7 @@ STAGES = {
     "mpo": "mixed preference optimisation: which of two answers is better",
     "gspo": "reinforcement learning: answers better than others to the same question",
     "prm": "a process reward model: is a solution right up to each of its steps",
+    "router": "the router of a Flash model: which tiles can do with fewer visual tokens",
 }
 _OWN_OPTIONS = (
     *("--help", "--model", "--data", "--questions", "--out", "--resume"),
@@ -157,12 +158,14 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     from cascadevl.train.mpo import MPOConfig
     from cascadevl.train.posthoc import PosthocConfig
     from cascadevl.train.prm import PRMConfig
+    from cascadevl.train.router_config import RouterConfig
 
     own: dict[str, type[TrainConfig]] = {
         "posthoc": PosthocConfig,
         "mpo": MPOConfig,
         "gspo": GSPOConfig,
         "prm": PRMConfig,
+        "router": RouterConfig,
     }
     kind = own.get(args.stage, TrainConfig)
     short = []
@@ -189,6 +192,8 @@ def _train(stage: str, config: TrainConfig) -> int:
     from cascadevl.train.posthoc import PosthocConfig, posthoc
     from cascadevl.train.pretrain import pretrain
     from cascadevl.train.prm import PRMConfig, prm
+    from cascadevl.train.router import router
+    from cascadevl.train.router_config import RouterConfig
     from cascadevl.train.sft import sft
 
     if isinstance(config, PosthocConfig):
@@ -199,6 +204,8 @@ def _train(stage: str, config: TrainConfig) -> int:
         result = gspo(config)
     elif isinstance(config, PRMConfig):
         result = prm(config)
+    elif isinstance(config, RouterConfig):
+        result = router(config)
     else:
         result = {"pretrain": pretrain, "sft": sft}[stage](config)
     for (dataset, kind), count in sorted(result.skipped.items()):

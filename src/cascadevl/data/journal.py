@@ -56,7 +56,7 @@ class Journal:
         self._folder, self._names = folder, tuple(names)
         self._path = folder / journal
         self.num_chunks, self.state = 0, dict[str, Any]()
-        plain = json.loads(json.dumps(settings, default=str))
+        plain = _plain(settings)
         if not self._path.exists():
             self._begin(plain)
             return
@@ -133,6 +133,21 @@ def noted_sizes(journal: Path) -> dict[str, int]:
     return dict(entries[-1]["sizes"]) if len(entries) > 1 else {}
 
 
+def check_settings(journal: Path, settings: Mapping[str, Any]) -> None:
+    """Make sure that files were begun with some settings.
+
+    Args:
+        journal: Their journal.
+        settings: JSON values.
+
+    Raises:
+        ConfigError: If they were begun with others.
+        DataError: Of kind ``invalid_json``, if the journal was damaged.
+    """
+    entries, _ = _entries(journal)
+    _check_same(entries[0]["settings"], _plain(settings), journal.parent)
+
+
 @contextmanager
 def alone(file: Path) -> Iterator[None]:
     """Make sure that nobody else appends to a file meanwhile.
@@ -157,6 +172,11 @@ def alone(file: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink()
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return values
 
 
 def _entries(journal: Path) -> tuple[list[Any], int]:

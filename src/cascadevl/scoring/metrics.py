@@ -122,3 +122,31 @@ def macro_f1(predictions: Sequence[Hashable], truths: Sequence[Hashable]) -> flo
     right = Counter(p for p, t in zip(predictions, truths, strict=True) if p == t)
     scores = [2 * right[label] / (predicted[label] + expected[label]) for label in expected]
     return sum(scores) / len(scores) if scores else 0.0
+
+
+def area_under_roc(scores: Sequence[float], positive: Sequence[bool]) -> float:
+    """How often a positive one scores above a negative one, half of the ties counted (AUC).
+
+    Args:
+        scores: One a case, higher for those thought positive.
+        positive: Whether each case is.
+
+    Returns:
+        1/2 for scores that say nothing; NaN without a case of either kind.
+
+    Raises:
+        ValueError: If the two differ in length.
+    """
+    if len(scores) != len(positive):
+        raise ValueError(f"{len(scores)} scores for {len(positive)} cases")
+    is_positive = np.asarray(positive, dtype=np.bool_)
+    num_positive = int(is_positive.sum())
+    pairs = num_positive * (len(is_positive) - num_positive)
+    if not pairs:
+        return math.nan
+    _, place, count = np.unique(
+        np.asarray(scores, dtype=np.float64), return_inverse=True, return_counts=True
+    )
+    ranks = (np.cumsum(count) - (count - 1) / 2)[place]  # equal scores share their mean rank
+    above = ranks[is_positive].sum() - num_positive * (num_positive + 1) / 2
+    return float(above / pairs)

@@ -32,6 +32,9 @@ FREE_KEYS = (
     "data.prefetch",
     "lora.merge",
     "rollout.store",
+    "router.store",
+    "router.chunk",
+    "router.feature_bytes",
 )
 """Keys in which a resumed run may differ: they do not change what is learned from what."""
 

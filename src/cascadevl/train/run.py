@@ -336,22 +336,19 @@ def export(
     config: TrainConfig,
     *,
     finished: bool,
+    keeps_context: bool = False,
 ) -> TrainResult:
     """Write the finished model as a folder that `cascadevl.load` opens, and sum up the run.
 
     The context it was trained for goes with it, so that positions can be fitted into it. A LoRA
     run leaves its adapter, and a model with the adapter merged in unless that is switched off.
+    ``keeps_context`` is for runs in which the language half learned nothing.
     """
     skipped = skipped_records(state)
     paths = _folders(config) if finished else {}
     if finished and state.accelerator.is_main_process:
-        model.config.trained_context = max(
-            model.config.trained_context or 0, config.data.max_tokens
-        )
-        if config.data.increment == "random":
-            model.config.increment = "auto"
-        elif config.data.increment != 1:
-            model.config.increment = config.data.increment
+        if not keeps_context:
+            _note_context(model, config)
         for path in paths.values():
             if path.exists():  # of the same run, taken up again after its end
                 shutil.rmtree(path)
@@ -369,6 +366,15 @@ def export(
         model_path=paths.get(MODEL, paths.get(ADAPTER)),
         adapter_path=paths.get(ADAPTER),
     )
+
+
+def _note_context(model: CascadeVLForConditionalGeneration, config: TrainConfig) -> None:
+    """Write into a model's configuration what positions it was trained with."""
+    model.config.trained_context = max(model.config.trained_context or 0, config.data.max_tokens)
+    if config.data.increment == "random":
+        model.config.increment = "auto"
+    elif config.data.increment != 1:
+        model.config.increment = config.data.increment
 
 
 def _folders(config: TrainConfig) -> dict[str, Path]:
