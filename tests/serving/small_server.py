@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import PIL.Image
@@ -19,10 +20,13 @@ from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.requests import EngineConfig
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
-from cascadevl.serving.api import Api, ApiConfig
+from cascadevl.serving.admission import ApiConfig
+from cascadevl.serving.api import Api
 from cascadevl.serving.engine_thread import Answers, EngineThread
+from cascadevl.serving.limits import Limits
 from cascadevl.serving.openai_prompts import Asker
-from cascadevl.serving.run_server import ApiServer
+from cascadevl.serving.remote import Fetcher
+from cascadevl.serving.run_server import ApiServer, ListenConfig
 
 NAME = "small"
 SMALL = EngineConfig(num_pages=400, page_tokens=4)
@@ -44,9 +48,9 @@ class Served:
 
 
 @contextmanager
-def listening(api: Api) -> Iterator[Served]:
+def listening(api: Api, **listen: Any) -> Iterator[Served]:
     """Serve an API while the context lasts."""
-    server = ApiServer(api, host="127.0.0.1", port=0, drain_s=5)
+    server = ApiServer(api, ListenConfig(port=0, **{"drain_s": 5, **listen}))
     ready, found = threading.Event(), []
 
     def on_ready(address: str) -> None:
@@ -72,11 +76,17 @@ def answering(
     answers: Answers,
     processor: CascadeVLProcessor,
     model: CascadeVLForConditionalGeneration,
-    **limits: Any,
+    listen: Mapping[str, Any] = MappingProxyType({}),
+    limits: Limits | None = None,
+    fetcher: Fetcher | None = None,
+    **api: Any,
 ) -> Iterator[Served]:
     """Serve whoever answers."""
-    asker = Asker(processor=processor, config=model.config, max_tokens=24)
-    with listening(Api(answers, asker, ApiConfig(model_name=NAME, **limits))) as served:
+    asker = Asker(
+        processor=processor, config=model.config, max_tokens=24, limits=limits or Limits()
+    )
+    config = ApiConfig(model_name=NAME, **api)
+    with listening(Api(answers, asker, config, fetcher), **listen) as served:
         yield served
 
 
@@ -85,13 +95,13 @@ def serving(
     model: CascadeVLForConditionalGeneration,
     processor: CascadeVLProcessor,
     config: EngineConfig = SMALL,
-    **limits: Any,
+    **settings: Any,
 ) -> Iterator[Served]:
     """Serve a model by an engine of this process."""
     engine = Engine(model, processor, config)
     thread = EngineThread(engine)
     try:
-        with answering(thread, processor, model, **limits) as served:
+        with answering(thread, processor, model, **settings) as served:
             yield served
         engine.check()
     finally:

@@ -198,7 +198,7 @@ def test_bodies_of_any_bytes(served: Served, content: bytes):
 
 def test_after_all_that_it_still_answers(served: Served):
     assert still_answers(served)
-    assert served.api.num_open == 0
+    assert served.api.admission.num_open == 0
     status, _ = post(served, of_picture(data_url(picture(3, (300, 7)))))
     assert status == 200
 

@@ -63,7 +63,7 @@ async def load(served: Served, num_requests: int) -> list[tuple[int, str | None]
         await asyncio.gather(*(work() for _ in range(NUM_CLIENTS)))
         for _ in range(500):
             stats = served.api.answers.stats()
-            if served.api.num_open == stats.running == stats.waiting == 0:
+            if served.api.admission.num_open == stats.running == stats.waiting == 0:
                 break
             await asyncio.sleep(0.05)
     return found
@@ -88,7 +88,7 @@ def test_many_clients(num_requests: int):
     with answering(Coupled(engine), processor, model) as served:
         found = asyncio.run(load(served, num_requests))
         stats = served.api.answers.stats()
-        assert (served.api.num_open, stats.running, stats.waiting) == (0, 0, 0)
+        assert (served.api.admission.num_open, stats.running, stats.waiting) == (0, 0, 0)
     engine.check()
     assert len(found) == num_requests
     assert all(text in (None, expected[kind]) for kind, text in found)

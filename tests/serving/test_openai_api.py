@@ -414,9 +414,9 @@ def test_a_client_that_leaves_a_stream_calls_its_request_off(served: Served):
     wishes = GREEDY | {"max_tokens": 1000}
     stream = served.client.chat.completions.create(messages=CONVERSATIONS[1], stream=True, **wishes)
     next(iter(stream))
-    assert served.api.num_open == 1
+    assert served.api.admission.num_open == 1
     stream.close()
-    until(lambda: served.api.num_open == 0 and served.api.answers.stats().running == 0)
+    until(lambda: served.api.admission.num_open == 0 and served.api.answers.stats().running == 0)
 
 
 def test_a_client_that_leaves_before_the_answer_calls_its_request_off(served: Served):
@@ -426,7 +426,7 @@ def test_a_client_that_leaves_before_the_answer_calls_its_request_off(served: Se
         served.client.with_options(timeout=0.2).chat.completions.create(
             messages=CONVERSATIONS[1], **wishes
         )
-    until(lambda: served.api.num_open == 0 and served.api.answers.stats().running == 0)
+    until(lambda: served.api.admission.num_open == 0 and served.api.answers.stats().running == 0)
     assert served.api.answers.stats().decoded_tokens - before < 1000
 
 
@@ -459,7 +459,7 @@ def test_more_requests_than_there_is_room_for_are_refused_for_now():
             with pytest.raises(openai.RateLimitError) as refused:
                 served.client.chat.completions.create(messages=CONVERSATIONS[1], **GREEDY)
         assert refused.value.response.headers["retry-after"] == "1"
-        until(lambda: served.api.num_open == 0)
+        until(lambda: served.api.admission.num_open == 0)
 
 
 def test_a_server_that_is_about_to_stop_takes_nothing():

@@ -8,9 +8,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from cascadevl.cli.arguments import Subparsers, byte_size, positive_int
+from cascadevl.cli.arguments import Subparsers, positive_int
 from cascadevl.cli.backends import add_computing
 from cascadevl.cli.chat import usable_device
+from cascadevl.cli.serve_limits import (
+    add_limits,
+    add_safety,
+    api_config,
+    fetcher_of,
+    limits_of,
+    listen_config,
+)
 from cascadevl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +47,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="(8000; 0 for any)")
     parser.add_argument("--name", metavar="NAME", help="as clients ask for it (default: MODEL)")
-    _add_limits(parser)
+    add_limits(parser)
+    add_safety(parser)
     _add_model(parser)
     _add_processes(parser)
     parser.set_defaults(run=run)
@@ -54,44 +63,6 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of each half on a CPU (default: the cores shared out among the halves of this "
         "machine; more threads than cores make each other wait)",
-    )
-
-
-def _add_limits(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("limits")
-    group.add_argument(
-        "--max-tokens",
-        type=positive_int,
-        default=1024,
-        metavar="N",
-        help="of an answer, where a request names none (1024)",
-    )
-    group.add_argument(
-        "--visual-budget",
-        metavar="B",
-        help="tiles that a Flash model keeps full, where a request does not say: full, compressed, "
-        "a share (0.5 or 50%%), or threshold=P[,quantile=Q] (default: the model's thresholds)",
-    )
-    group.add_argument(
-        "--max-requests",
-        type=positive_int,
-        default=1024,
-        metavar="N",
-        help="in hand; more are refused for the moment (1024)",
-    )
-    group.add_argument(
-        "--max-body",
-        type=byte_size,
-        default=2**26,
-        metavar="N",
-        help="of a request, pictures included, as 20MB (64 MiB)",
-    )
-    group.add_argument(
-        "--drain",
-        type=positive_int,
-        default=60,
-        metavar="S",
-        help="seconds for what is in hand after SIGTERM (60)",
     )
 
 
@@ -182,24 +153,24 @@ def _asker(
     budget = None if args.visual_budget is None else parse_budget(args.visual_budget)
     budget_for(config, budget)
     return Asker(
-        processor=processor, config=config, max_tokens=args.max_tokens, visual_budget=budget
+        processor=processor,
+        config=config,
+        max_tokens=args.max_tokens,
+        visual_budget=budget,
+        limits=limits_of(args),
     )
 
 
 def _serve(args: argparse.Namespace, answers: Answers, asker: Asker) -> None:
     """Listen until the process is told to stop."""
-    from cascadevl.serving.api import Api, ApiConfig
+    from cascadevl.serving.api import Api
+    from cascadevl.serving.logs import logging_to
     from cascadevl.serving.run_server import ApiServer, serve
 
-    limits = ApiConfig(
-        model_name=args.name or args.model,
-        max_requests=args.max_requests,
-        max_body_bytes=args.max_body,
-    )
-    server = ApiServer(
-        Api(answers, asker, limits), host=args.host, port=args.port, drain_s=args.drain
-    )
-    serve(server, lambda address: print(f"{limits.model_name} at {address}/v1", flush=True))
+    config = api_config(args)
+    server = ApiServer(Api(answers, asker, config, fetcher_of(args)), listen_config(args))
+    with logging_to(args.log):
+        serve(server, lambda address: print(f"{config.model_name} at {address}/v1", flush=True))
 
 
 def _engine(
@@ -284,6 +255,7 @@ def _run_member(args: argparse.Namespace) -> int:
     import signal
 
     from cascadevl.model.loading import find
+    from cascadevl.serving.logs import logging_to
     from cascadevl.serving.member import Member, fingerprint
     from cascadevl.serving.processes import end_with
 
@@ -295,7 +267,8 @@ def _run_member(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: member.stop())
     if args.parent is not None:
         end_with(args.parent, member.stop)
-    asyncio.run(member.run())
+    with logging_to(args.log):
+        asyncio.run(member.run())
     return 0
 
 

@@ -123,6 +123,22 @@ def read_frames(
         return _decode(container, index, indices, path=path, source=source, max_pixels=max_pixels)
 
 
+def video_extent(video: VideoRef, *, source: str) -> tuple[int, int]:
+    """Pixels of a frame, and the number of frames, found without decoding one.
+
+    Args:
+        video: The video, a file.
+        source: Where the reference stands, named in errors.
+
+    Raises:
+        DataError: Of kind ``missing_video``, ``corrupt_video`` or ``unsupported_source``.
+    """
+    path = check_video(video, source=source)
+    with _opened(path, source) as container:
+        stream = container.streams.video[0]
+        return stream.width * stream.height, _index(container, path, source).num_frames
+
+
 def frame_parts(frames: Sequence[PIL.Image.Image]) -> tuple[Part, ...]:
     r"""What stands in a prompt for a video: ``Frame-1: <image>\nFrame-2: <image>``.
 
@@ -292,6 +308,7 @@ def _decode_from_keyframes(
     """Frames found by their time stamps; fewer than wanted where these do not lead to them."""
     pictures: dict[int, PIL.Image.Image] = {}
     stream = container.streams.video[0]
+    largest = stream.width * stream.height or MAX_PIXELS
     numbers = {time: number for number, time in enumerate(index.times)}
     frames: Iterator[av.VideoFrame] = iter(())
     position = -1
@@ -312,7 +329,7 @@ def _decode_from_keyframes(
                 break
         if position != number:
             return pictures
-        pictures[number] = frame.to_image()
+        pictures[number] = _picture(frame, largest)
     return pictures
 
 
@@ -321,12 +338,22 @@ def _decode_in_order(
 ) -> dict[int, PIL.Image.Image]:
     """Frames found by counting from the first."""
     pictures: dict[int, PIL.Image.Image] = {}
-    for number, frame in enumerate(container.decode(container.streams.video[0])):
+    stream = container.streams.video[0]
+    largest = stream.width * stream.height or MAX_PIXELS
+    for number, frame in enumerate(container.decode(stream)):
         if number in wanted:
-            pictures[number] = frame.to_image()
+            pictures[number] = _picture(frame, largest)
         if number == wanted[-1]:
             break
     return pictures
+
+
+def _picture(frame: av.VideoFrame, largest: int) -> PIL.Image.Image:
+    """A frame, unless it is larger than the header, which was checked, said that frames are."""
+    if frame.width * frame.height > largest:
+        raise ValueError(f"a frame is {frame.width} x {frame.height}, larger than the header says")
+    picture: PIL.Image.Image = frame.to_image()
+    return picture
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import TypeVar
 
 from fastapi import Request, Response
@@ -18,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from cascadevl.engine.requests import Completion
 from cascadevl.errors import CascadeVLError
+from cascadevl.serving.admission import Admission, ApiConfig, InHand
 from cascadevl.serving.engine_thread import Answers, Output
 from cascadevl.serving.http_errors import (
     CLIENT_GONE,
@@ -26,6 +26,7 @@ from cascadevl.serving.http_errors import (
     refusal_of,
     refusal_of_body,
 )
+from cascadevl.serving.limits import check_form
 from cascadevl.serving.metrics import Metrics
 from cascadevl.serving.openai_answers import (
     ChatStream,
@@ -39,6 +40,8 @@ from cascadevl.serving.openai_prompts import Asked, Asker
 from cascadevl.serving.openai_replies import sent
 from cascadevl.serving.openai_schema import Asking, ChatRequest, CompletionRequest
 from cascadevl.serving.openai_texts import TextEvents, best, text_choice, text_completion
+from cascadevl.serving.remote import Fetcher, Room
+from cascadevl.serving.remote_pictures import fetch_pictures
 from cascadevl.serving.waiting import merged, together, unless_gone
 
 Body = TypeVar("Body", bound=Asking)
@@ -47,39 +50,26 @@ Made = TypeVar("Made")
 _DONE = b"data: [DONE]\n\n"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ApiConfig:
-    """Limits of the API.
-
-    Attributes:
-        model_name: By which clients ask for the model.
-        max_requests: Most requests in hand; more are refused for now (429).
-        max_body_bytes: Longest body of a request, pictures included.
-        num_preparing: Threads that read bodies and cut pictures.
-    """
-
-    model_name: str
-    max_requests: int = 1024
-    max_body_bytes: int = 2**26
-    num_preparing: int = 2
-
-
 class Api:
     """Answers HTTP requests."""
 
-    def __init__(self, answers: Answers, asker: Asker, config: ApiConfig) -> None:
+    def __init__(
+        self, answers: Answers, asker: Asker, config: ApiConfig, fetcher: Fetcher | None = None
+    ) -> None:
         """Begin with nothing in hand.
 
         Args:
             answers: Answers.
             asker: Makes requests of bodies.
             config: Limits.
+            fetcher: Fetches pictures by their addresses; None if none is fetched.
         """
         self.answers, self.asker, self.config = answers, asker, config
         self.metrics = Metrics(answers.stats)
+        self.admission = Admission(config, self.metrics, answers.stats)
+        self._fetcher = fetcher
         self.started = int(time.time())
         self.is_draining = False
-        self.num_open = 0
         self._words = Words(asker.processor)
         self._preparing = ThreadPoolExecutor(config.num_preparing, thread_name_prefix="prepare")
 
@@ -192,10 +182,10 @@ class Api:
             whole: Makes the reply.
             events: Makes the events of a streamed one.
         """
-        hand = self._take(route)
+        hand = self.admission.take(request, route, self.unready)
         try:
-            content = await self._read(request)
-            body, asked = await unless_gone(request, self._prepared(content, form, ask))
+            content = await hand.body()
+            body, asked = await unless_gone(request, self._prepared(hand, content, form, ask))
             if not body.stream:
                 reply = await unless_gone(request, whole(body, asked))
                 hand.end(200)
@@ -215,51 +205,27 @@ class Api:
             hand.end(500)
             raise
 
-    def _take(self, route: str) -> _InHand:
-        """Count a request, if there is room for one."""
-        reason = self.unready
-        if reason is None and self.num_open >= self.config.max_requests:
-            reason = Refusal(
-                429,
-                f"{self.num_open} requests are in hand, which is the limit; ask again later",
-                code="too_many_requests",
-                headers={"Retry-After": "1"},
-            )
-        if reason is not None:
-            self.metrics.refused(route, reason.status)
-            raise reason
-        return _InHand(self, route)
-
-    async def _read(self, request: Request) -> bytes:
-        """The body, if it is JSON and not too long."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise Refusal(415, f"the body is {kind or 'of no type'}; send application/json")
-        content, limit = bytearray(), self.config.max_body_bytes
-        async for piece in request.stream():
-            content += piece
-            if len(content) > limit:
-                raise Refusal(
-                    413,
-                    f"the body is longer than {limit} bytes; send smaller or fewer pictures",
-                    code="body_too_long",
-                )
-        return bytes(content)
-
     async def _prepared(
-        self, content: bytes, form: type[Body], ask: Callable[[Body], Made]
+        self, hand: InHand, content: bytes, form: type[Body], ask: Callable[[Body], Made]
     ) -> tuple[Body, Made]:
-        """The body, and what it asks; both are made in a thread."""
+        """The body, and what it asks; both are made in threads."""
 
-        def make() -> tuple[Body, Made]:
+        def read() -> Body:
             try:
                 body = form.model_validate_json(content)
             except ValidationError as error:
                 raise refusal_of_body(error, form) from error
             self.check_model(body.model)
-            return body, ask(body)
+            if isinstance(body, ChatRequest):
+                check_form(body, self.asker.limits)
+            return body
 
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, make)
+        loop = asyncio.get_running_loop()
+        body = await loop.run_in_executor(self._preparing, read)
+        if self._fetcher is not None and isinstance(body, ChatRequest):
+            room = Room(self.config.max_body_bytes, hand.hold)
+            await fetch_pictures(body, self._fetcher, room)
+        return body, await loop.run_in_executor(self._preparing, ask, body)
 
     async def _answers(self, asked: Asked) -> list[Completion]:
         """All answers, in order."""
@@ -288,7 +254,7 @@ class Api:
                 yield output
 
     async def _counted(
-        self, hand: _InHand, events: AsyncGenerator[bytes, None]
+        self, hand: InHand, events: AsyncGenerator[bytes, None]
     ) -> AsyncGenerator[bytes, None]:
         """The events of a stream; a failure within it is the last of them."""
         is_begun = False
@@ -310,24 +276,6 @@ class Api:
     def _head(self, kind: str) -> Head:
         name = f"{kind}-{secrets.token_hex(12)}"
         return Head(name, int(time.time()), self.config.model_name)
-
-
-class _InHand:
-    """A request that is counted until it ends."""
-
-    def __init__(self, api: Api, route: str) -> None:
-        self._api, self._route = api, route
-        self._start: float | None = time.monotonic()
-        api.num_open += 1
-        api.metrics.begun()
-
-    def end(self, status: int) -> None:
-        """Count it as ended; only the first word counts."""
-        if self._start is None:
-            return
-        seconds, self._start = time.monotonic() - self._start, None
-        self._api.num_open -= 1
-        self._api.metrics.ended(self._route, status, seconds)
 
 
 async def _chained(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -20,6 +20,7 @@ BODIES: dict[str, type[BaseModel]] = {
 
 _ERRORS = {
     400: "The request cannot be answered as asked",
+    401: "No valid API key",
     404: "There is no such model",
     413: "The body is too long",
     415: "The body is not JSON",

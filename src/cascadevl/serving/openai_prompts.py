@@ -24,6 +24,7 @@ from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.model.routing import KeepShare, VisualBudget, parse_budget
 from cascadevl.sequence import INCREMENTS
 from cascadevl.serving.answer_parts import CALL_END
+from cascadevl.serving.limits import Limits, check_pictures, check_text, check_tokens
 from cascadevl.serving.openai_schema import (
     Asking,
     AssistantMessage,
@@ -74,12 +75,14 @@ class Asker:
         max_tokens: Most tokens of an answer where a request names none.
         visual_budget: Which tiles are compressed where a request does not say; the model's own
             thresholds if None.
+        limits: Most that a request may bring and ask.
     """
 
     processor: CascadeVLProcessor
     config: CascadeVLConfig
     max_tokens: int = 1024
     visual_budget: VisualBudget | None = None
+    limits: Limits = field(default_factory=Limits)
 
     def chat(self, body: ChatRequest) -> Asked:
         """What a conversation asks.
@@ -108,6 +111,8 @@ class Asker:
         max_tokens = body.max_completion_tokens or body.max_tokens
         if max_tokens is None:
             max_tokens = self._room(example, body.increment)
+        num_prompt = _num_text(example) + example.num_tiles * self.config.tokens_per_tile
+        check_tokens(num_prompt, body.n or 1, max_tokens, self.limits)
         num_top = (body.top_logprobs or 0) if body.logprobs else None
         calls = bool(body.tools) and body.tool_choice in (None, "auto") and schema is None
         # Where only one call is wanted, the answer ends with the first.
@@ -149,8 +154,11 @@ class Asker:
         chooses = num_best is not None and num_best > num
         logprobs = 0 if chooses and body.logprobs is None else body.logprobs
         asked = []
-        for ids in self._prompts(body):
-            sampling = _sampling(body, body.max_tokens or _SHORT, logprobs=logprobs)
+        prompts, max_tokens = self._prompts(body), body.max_tokens or _SHORT
+        num_answers = len(prompts) * (num_best or num)
+        check_tokens(sum(map(len, prompts)), num_answers, max_tokens, self.limits)
+        for ids in prompts:
+            sampling = _sampling(body, max_tokens, logprobs=logprobs)
             request = Request(
                 prompt=(TextIds(tuple(ids)),),
                 sampling=sampling,
@@ -168,8 +176,10 @@ class Asker:
     def _example(self, body: ChatRequest) -> Example:
         with TemporaryDirectory(prefix="cascadevl-") as folder:
             try:
+                turns = _turns(body, Path(folder))
+                check_pictures(turns, self.processor.builder.config, self.limits)
                 return self.processor.prompt(
-                    _turns(body, Path(folder)),
+                    turns,
                     thinking=body.thinking,
                     force_thinking=body.thinking is not None,
                     tools=[_function(tool) for tool in body.tools or ()] or None,
@@ -189,6 +199,7 @@ class Asker:
             each = [[number for number in prompt if isinstance(number, int)]]
         else:
             each = [item for item in prompt if not isinstance(item, int)]
+        check_text(sum(len(item) for item in each if isinstance(item, str)), self.limits)
         found = [self._ids(item) if isinstance(item, str) else item for item in each]
         if not all(found):
             raise RequestError("a prompt is empty; an answer needs at least one token before it")
@@ -206,8 +217,13 @@ class Asker:
         rule = self.config.increment if increment is None else increment
         smallest = min(INCREMENTS) if isinstance(rule, str) else rule
         num_visual = example.num_tiles * self.config.tokens_per_tile
-        num_text = len(example.input_ids) - len(example.tiles_per_image)
-        return max(1, min(self.max_tokens, int(context - num_text - num_visual * smallest)))
+        room = int(context - _num_text(example) - num_visual * smallest)
+        return max(1, min(self.max_tokens, room))
+
+
+def _num_text(example: Example) -> int:
+    """Tokens of a prompt without those of its pictures."""
+    return len(example.input_ids) - len(example.tiles_per_image)
 
 
 def _sampling(

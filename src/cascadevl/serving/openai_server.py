@@ -43,7 +43,7 @@ def make_app(api: Api) -> ApiApp:
 
 
 def _add_answers(app: ApiApp, api: Api) -> None:
-    failures = errors(400, 404, 413, 415, 429, 500, 503)
+    failures = errors(400, 401, 404, 413, 415, 429, 500, 503)
 
     @app.post(
         "/v1/chat/completions",
@@ -74,12 +74,12 @@ def _add_models(app: ApiApp, api: Api) -> None:
             max_model_len=api.asker.config.trained_context,
         )
 
-    @app.get("/v1/models", responses={200: {"model": ModelList}})
+    @app.get("/v1/models", responses={200: {"model": ModelList}, **errors(401)})
     async def models() -> Response:
         """The models there are."""
         return Response(sent(ModelList(object="list", data=[model()])), media_type=_JSON)
 
-    @app.get("/v1/models/{name:path}", responses={200: {"model": Model}, **errors(404)})
+    @app.get("/v1/models/{name:path}", responses={200: {"model": Model}, **errors(401, 404)})
     async def one_model(name: str) -> Response:
         """One of them."""
         api.check_model(name)
@@ -103,7 +103,7 @@ def _add_state(app: ApiApp, api: Api) -> None:
             raise Refusal(503, missing, code="not_ready")
         return Response(sent(State(status="ready")), media_type=_JSON)
 
-    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **errors(401)})
     async def metrics() -> Response:
         """Numbers for Prometheus."""
         return Response(api.metrics.text(), media_type="text/plain; version=0.0.4")

@@ -5,13 +5,40 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
 
 from cascadevl.errors import ConfigError
 from cascadevl.serving.api import Api
+from cascadevl.serving.connection import ConnectionConfig
+from cascadevl.serving.entrance import Entrance
+from cascadevl.serving.keys import Keys
 from cascadevl.serving.openai_server import make_app
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenConfig:
+    """Where a server listens, to whom, and how long it waits.
+
+    Attributes:
+        host: Address to listen at.
+        port: Port to listen at; 0 for any that is free.
+        keys: Whose requests are answered; None for everybody's.
+        drain_s: Longest time for what is in hand when the server is told to stop.
+        head_s: Longest time for the head of a request.
+        body_s: Longest time for its body.
+        unread_s: Longest time in which a client reads nothing of its answer.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: Keys | None = None
+    drain_s: int = 60
+    head_s: float = 20.0
+    body_s: float = 120.0
+    unread_s: float = 60.0
 
 
 class ApiServer(uvicorn.Server):
@@ -21,26 +48,29 @@ class ApiServer(uvicorn.Server):
         on_ready: Called with its address once it listens.
     """
 
-    def __init__(self, api: Api, *, host: str, port: int, drain_s: int = 60) -> None:
+    def __init__(self, api: Api, config: ListenConfig) -> None:
         """Bind the API to an address.
 
         Args:
             api: Answers.
-            host: Address to listen at.
-            port: Port to listen at; 0 for any that is free.
-            drain_s: Longest time for what is in hand when the server is told to stop.
+            config: Where and to whom.
         """
         self._api = api
         self.on_ready: Callable[[str], None] = lambda address: None
         super().__init__(
-            uvicorn.Config(
-                make_app(api),
-                host=host,
-                port=port,
-                timeout_graceful_shutdown=drain_s,
+            ConnectionConfig(
+                Entrance(make_app(api), config.keys),
+                host=config.host,
+                port=config.port,
+                head_s=config.head_s,
+                body_s=config.body_s,
+                unread_s=config.unread_s,
+                timeout_graceful_shutdown=config.drain_s,
                 access_log=False,
+                log_config=None,
                 log_level="warning",
                 lifespan="off",
+                server_header=False,
             )
         )
 
