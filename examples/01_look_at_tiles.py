@@ -13,7 +13,8 @@ import PIL.Image
 import PIL.ImageDraw
 
 from cascadevl.data.tiling import TilingConfig, choose_grid, limit_for, normalise, tile_image
-from cascadevl.workflows.show import draw, lay_out
+from cascadevl.workflows.show import lay_out
+from cascadevl.workflows.show_drawing import draw
 
 # %% [markdown]
 # A picture to look at: a receipt, tall and narrow, with small print.

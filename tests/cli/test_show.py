@@ -9,7 +9,8 @@ import pytest
 from cascadevl.cli.main import main
 from cascadevl.data.tiling import TilingConfig
 from cascadevl.errors import ConfigError
-from cascadevl.workflows.show import draw, lay_out
+from cascadevl.workflows.show import lay_out
+from cascadevl.workflows.show_drawing import draw
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from cascadevl.eval.box_drawing import with_boxes
 from cascadevl.eval.runner import Answered, Score
+from cascadevl.eval.tile_routes import RoutedAnswer, painted
 from cascadevl.scoring.metrics import Estimate
 
 PICTURE_PX = 224
@@ -96,6 +97,7 @@ class Report:
         show_scores: Whether scores stand in a table; few answers say little about shares.
         compare: Whether the last stage is compared with the first: what changed stands in the
             table, and what the first said stands on every card.
+        routed: Answers of a Flash model whose pictures are shown with the tiles it compressed.
     """
 
     title: str
@@ -107,6 +109,7 @@ class Report:
     num_pictures: int = 5
     show_scores: bool = True
     compare: bool = False
+    routed: Sequence[RoutedAnswer] = ()
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -148,6 +151,7 @@ def write_report(report: Report, path: Path) -> None:
             }
             for earlier, score in zip(first, last, strict=True)
         ],
+        routed=[_routed_card(each) for each in report.routed],
         facts=list(report.facts.items()),
         commands=report.commands,
     )
@@ -242,6 +246,17 @@ def _card(answered: Answered, earlier: Answered | None) -> dict[str, object]:
         "truth": question.answer,
         "earlier": earlier and {"response": earlier.response, "right": earlier.right},
     }
+
+
+def _routed_card(routed: RoutedAnswer) -> dict[str, object]:
+    """A card whose picture shows which tiles were compressed."""
+    image = routed.answered.asked.scene.image
+    assert image is not None, "only questions about pictures are routed"
+    buffer = io.BytesIO()
+    shown = painted(_enlarged(image), routed.columns, routed.rows, routed.routes)
+    shown.save(buffer, format="png")
+    card = _card(routed.answered, None)
+    return card | {"png": _encoded(buffer.getvalue()), "routes": routed.routes.words}
 
 
 def _picture(answered: Answered) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from cascadevl.eval.report import Report, StageScores, write_report
 from cascadevl.eval.responder import ModelResponder
 from cascadevl.eval.runner import run_suite
 from cascadevl.eval.suite import SuiteRow
+from cascadevl.eval.tile_routes import RoutedAnswer, routed_answers
+from cascadevl.model.checkpoint import configuration, open_checkpoint
+from cascadevl.model.loading import load
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.train.loop import TrainState
 from cascadevl.train.run import TrainResult
@@ -186,12 +189,20 @@ def finish(demo: Demonstration, trained: Path, report: Callable[[str], Report]) 
     elapsed = minutes(demo.course.seconds[WHOLE])
     demo.facts.update({WHOLE: elapsed, **machine_facts()})
     path = demo.out / REPORT
-    write_report(report(commands), path)
+    write_report(replace(report(commands), routed=_routed(trained, demo)), path)
     demo.console.rule(f"done in {elapsed}")
     first = commands.partition("\n")[0]
     text = f"report: {path}\nmodel:  {model}\nask it (more pictures in the report): {first}"
     demo.console.print(text, highlight=False, markup=False, soft_wrap=True)
     return path
+
+
+def _routed(trained: Path, demo: Demonstration) -> list[RoutedAnswer]:
+    """Answers with the tiles that were compressed for them, if the model can do that."""
+    if not configuration(open_checkpoint(trained)).flash_mode:
+        return []
+    model, processor = load(trained)
+    return routed_answers(model, processor, demo.stages[-1].scores)
 
 
 def _set_aside(out: Path) -> Path:
