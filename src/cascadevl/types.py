@@ -21,6 +21,9 @@ from torch import Tensor
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool", "pretrain"]
 
+ProcessPrompt: TypeAlias = Literal["released", "short"]
+"""What stands around question and steps that a process reward model judges."""
+
 NO_PARENT = -1
 """Parent of a segment that continues nothing."""
 

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from tests.model import make_checkpoints, make_flash
 
-from cascadevl.cli.chat import Chat, user_message
 from cascadevl.cli.main import main
+from cascadevl.cli.talk import Chat, user_message
 from cascadevl.engine import engine
 from cascadevl.errors import RequestError
 from cascadevl.types import ImageRef, Message
@@ -26,6 +26,7 @@ class Reply:
     num_tiles: int = 0
     num_compressed: int = 0
     finish_reason: str | None = None
+    note: str = ""
 
     def __iter__(self) -> Iterator[str]:
         text = self.messages[-1].text
@@ -114,6 +115,45 @@ def test_an_answer_that_was_cut_off_is_told(chat: Chat):
     shown = talk(chat, "a long story")
     assert "cut off; a larger --max-new-tokens" in shown
     assert chat.messages[-1].text == "[bold]3: a long story\n"  # it is part of the conversation
+
+
+@dataclass
+class Said(Reply):
+    text: str = ""
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (self.text[place : place + 2] for place in range(0, len(self.text), 2))
+
+
+class Thinks:
+    """Says what it is told to, two letters at a time."""
+
+    resets = 0
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def ask(self, messages: Sequence[Message]) -> Reply:
+        return Said(messages, text=self.text)
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_reasoning_goes_where_notes_go_and_stays_in_the_conversation(opening: str):
+    out, notes = io.StringIO(), io.StringIO()
+    said = "<think>\nI look.\n</think>\n\nIt is <red>.\n"
+    chat = Chat(
+        Thinks(said.removeprefix(opening)),
+        Console(file=out),
+        notes=Console(file=notes),
+        opening=opening,
+    )
+    chat.ask("what?")
+    assert out.getvalue() == "It is <red>.\n\n"
+    assert notes.getvalue() == "I look.\n\n"
+    assert chat.messages[-1].text == said
 
 
 def test_reading_everything_again_with_a_smaller_increment_is_told(chat: Chat):

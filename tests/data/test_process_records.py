@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from cascadevl.data.example import ExampleBuilder, ExampleConfig
 from cascadevl.data.parsing import parse_record
 from cascadevl.data.process_records import (
+    WORDINGS,
     JudgedSolution,
     StepBuilder,
     conversation_of,
@@ -152,3 +153,35 @@ def test_the_last_question_is_judged_with_all_pictures() -> None:
     assert judged_question(prompt).parts == (first, second, "\nAnd here?")
     with pytest.raises(DataError, match="does not end with a question"):
         judged_question(prompt[:3])
+
+
+def test_the_short_prompt_says_one_line_and_trains_the_same_labels(tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    processor = build()
+    long, short = (
+        StepBuilder(processor.builder, prompt)(parsed(RELEASED, tmp_path))
+        for prompt in ("released", "short")
+    )
+    assert short.input_ids[short.trained].tolist() == long.input_ids[long.trained].tolist()
+    assert len(long.input_ids) > 3 * len(short.input_ids)
+    text = "".join(span.text for span in describe(short, processor.tokenizer))
+    assert text.startswith("<|im_start|>system\nRight so far? + or -<|im_end|>\n")
+    assert "\nHow many?\n\nI see three.<|im_end|>" in text
+    assert "Solution Process" not in text
+    turns = [{"from": "human", "value": "2 + 2?\n\nFour."}, {"from": "gpt", "value": "+"}]
+    build_steps = StepBuilder(processor.builder, "short")
+    with pytest.raises(DataError, match="no '### Solution Process:'"):
+        build_steps(parsed({"conversations": turns}))
+
+
+def test_solutions_are_scored_with_the_prompt_that_was_trained() -> None:
+    judged = read_judged(parsed({**RELEASED, "image": ["a.png"]}))
+    asked = replace(judged.question, parts=("How many?",))
+    for prompt, wording in WORDINGS.items():
+        build_steps = StepBuilder(build().builder, prompt)
+        scored = build_steps.candidates(asked, [judged.steps], source="x")
+        one = replace(judged, question=asked, labels=(True,) * 3)
+        record = Record(source="x", record_id="x", messages=conversation_of(one, wording))
+        trained = StepBuilder(build().builder)(record)
+        assert scored.input_ids.tolist() == trained.input_ids.tolist()
+        assert scored.trained.tolist() == trained.trained.tolist()

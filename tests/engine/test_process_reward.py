@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from tests.reference import process_reward_by_hand as by_hand
 import cascadevl
 from cascadevl.data.collate import num_tokens
 from cascadevl.data.process_records import (
+    RELEASED,
+    WORDINGS,
     JudgedSolution,
     StepBuilder,
+    Wording,
     conversation_of,
     judged_question,
 )
@@ -55,13 +59,16 @@ def parts() -> Parts:
     return model, processor
 
 
-def alone(parts: Parts, prompt: Sequence[Message], steps: Sequence[str]) -> list[list[float]]:
+def alone(
+    parts: Parts, prompt: Sequence[Message], steps: Sequence[str], wording: Wording = RELEASED
+) -> list[list[float]]:
     """Logits that answer each step of one solution, from a plain forward of its conversation."""
     model, processor = parts
     turns = conversation_of(
         JudgedSolution(
             question=judged_question(prompt), steps=tuple(steps), labels=(True,) * len(steps)
-        )
+        ),
+        wording,
     )
     header = processor.tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
     example = processor.prompt(turns, end="complete")
@@ -80,9 +87,11 @@ def alone(parts: Parts, prompt: Sequence[Message], steps: Sequence[str]) -> list
     return [logits[end].tolist() for end in ends]
 
 
-def by_loops(parts: Parts, prompt: Sequence[Message], text: str) -> tuple[float, list[float]]:
+def by_loops(
+    parts: Parts, prompt: Sequence[Message], text: str, wording: Wording = RELEASED
+) -> tuple[float, list[float]]:
     plus, minus = (parts[1].tokenizer.convert_tokens_to_ids(sign) for sign in "+-")
-    steps = alone(parts, prompt, text.split("\n\n"))
+    steps = alone(parts, prompt, text.split("\n\n"), wording)
     each = [by_hand.probability(scores, plus, [plus, minus]) for scores in steps]
     return by_hand.solution_score(steps, plus, minus), each
 
@@ -131,6 +140,41 @@ def test_one_forward_and_one_encoding_serve_all_solutions(
     assert 2 <= calls["run_text"] - 1 <= 4
     for one, other in zip(whole, pieces, strict=True):
         assert one.step_scores == pytest.approx(other.step_scores, abs=1e-5)
+
+
+@pytest.mark.parametrize(("chunk", "forwards"), [(1, 4), (3, 2), (9, 1)])
+def test_chunks_bound_a_forward_and_change_no_score(
+    parts: Parts, chunk: int, forwards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ProcessRewardModel(*parts)(PROMPTS["picture"], SOLUTIONS)
+    lengths, real = list[int](), parts[0].model.run_text
+
+    def counted(embeds: torch.Tensor, *rest: Any) -> torch.Tensor:
+        lengths.append(embeds.shape[1])
+        return real(embeds, *rest)
+
+    monkeypatch.setattr(parts[0].model, "run_text", counted)
+    judge = ProcessRewardModel(*parts, ProcessRewardConfig(chunk=chunk))
+    pieces = judge(PROMPTS["picture"], SOLUTIONS)
+    assert len(lengths) == forwards
+    for one, other in zip(whole, pieces, strict=True):
+        assert one.step_scores == pytest.approx(other.step_scores, abs=1e-5)
+    with pytest.raises(ConfigError, match="chunk is 0"):
+        ProcessRewardConfig(chunk=0)
+
+
+def test_the_prompt_is_the_one_that_the_checkpoint_was_trained_with(parts: Parts) -> None:
+    model, processor = parts
+    released = ProcessRewardModel(model, processor)(PROMPTS["text"], SOLUTIONS)
+    model.config.process_prompt = "short"
+    try:
+        short = ProcessRewardModel(model, processor)(PROMPTS["text"], SOLUTIONS)
+        for solution, text in zip(short, SOLUTIONS, strict=True):
+            _, steps = by_loops(parts, PROMPTS["text"], text, WORDINGS["short"])
+            assert solution.step_scores == pytest.approx(steps, abs=1e-5)
+    finally:
+        model.config.process_prompt = "released"
+    assert short[0].step_scores != pytest.approx(released[0].step_scores, abs=1e-6)
 
 
 def test_a_solution_is_worth_what_the_rule_says(parts: Parts) -> None:

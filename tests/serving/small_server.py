@@ -17,6 +17,7 @@ from openai import OpenAI
 from tests.engine.small_talk import build, model_for
 
 from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.engine.critics import Critics
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.requests import EngineConfig
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
@@ -79,11 +80,16 @@ def answering(
     listen: Mapping[str, Any] = MappingProxyType({}),
     limits: Limits | None = None,
     fetcher: Fetcher | None = None,
+    critics: Critics | None = None,
     **api: Any,
 ) -> Iterator[Served]:
     """Serve whoever answers."""
     asker = Asker(
-        processor=processor, config=model.config, max_tokens=24, limits=limits or Limits()
+        processor=processor,
+        config=model.config,
+        max_tokens=24,
+        limits=limits or Limits(),
+        critics=critics or Critics(),
     )
     config = ApiConfig(model_name=NAME, **api)
     with listening(Api(answers, asker, config, fetcher), **listen) as served:

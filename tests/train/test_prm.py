@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cascadevl.losses.process_reward import LabelTokens, plus_probability
 from cascadevl.model.loading import save
 from cascadevl.train.checkpoint import latest, load
 from cascadevl.train.config import ModelConfig, TrainConfig
+from cascadevl.train.lora import LoraConfig
 from cascadevl.train.prm import PRMConfig, PRMSection, prm, process_reward_objective
 from cascadevl.train.run import from_scratch
 from cascadevl.types import Batch, ImageRef, Message, Record
@@ -199,6 +200,19 @@ def test_other_data_are_left_out_and_named(start: Path, tmp_path: Path) -> None:
     only = (WeightedSource(source=Chat(brief=True)),)
     with pytest.raises(DataError, match=r"x bad_turns of chat.*no solution with judged steps"):
         prm(prm_config(tmp_path / "other", start), sources=only, console=QUIET)
+
+
+def test_the_prompt_is_kept_with_the_model_and_with_its_adapter(
+    start: Path, tmp_path: Path
+) -> None:
+    """A judge trained as an adapter of the model that answers, with one short line."""
+    config = prm_config(tmp_path / "run", start, prm__prompt="short", run__num_steps=2)
+    config = replace(config, lora=LoraConfig(rank=2))
+    result = prm(config, sources=solutions(), console=QUIET)
+    assert result.adapter_path is not None
+    for folder in (result.model_path, result.adapter_path):
+        assert cascadevl.load(folder)[0].config.process_prompt == "short"
+    assert cascadevl.load(start)[0].config.process_prompt == "released"
 
 
 def test_what_cannot_be_trained_is_refused(start: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from cascadevl.data.processor import CascadeVLProcessor
     from cascadevl.engine.backends import Backend
+    from cascadevl.engine.engine import Engine
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +127,17 @@ def _own_backend(
 
     packed = pack(model, args.weights, release=True)
     return EngineBackend(engine=Engine(packed, processor, config)), processor
+
+
+def engine_of(backend: Backend) -> Engine | None:
+    """The engine of a backend, if it is one of this process.
+
+    Args:
+        backend: From `open_backend`.
+    """
+    from cascadevl.engine.engine_backend import EngineBackend
+
+    return backend.engine if isinstance(backend, EngineBackend) else None
 
 
 def backend_facts(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cascadevl.cli.arguments import Subparsers, increment, positive_int
-from cascadevl.cli.backends import add_backend, backend_facts, open_backend
+from cascadevl.cli.backends import add_backend, backend_facts, engine_of, open_backend
+from cascadevl.cli.best_of import add_best_of, best_of_facts, critics_beside, wanted_best
+from cascadevl.cli.thinking import add_thinking, opening_of
 from cascadevl.cli.wording import print_failures, worded
+from cascadevl.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +41,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add_backend(parser)
     _add_sampling(parser)
+    add_best_of(parser)
     parser.set_defaults(run=run)
 
 
@@ -69,9 +73,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--json-schema", type=Path, metavar="FILE", help="that answers must follow")
     group.add_argument("--system", metavar="TEXT", help="system message, instead of the model's")
-    group.add_argument(
-        "--thinking", choices=("on", "off"), help="whether to reason first (default: the model's)"
-    )
+    add_thinking(group)
     group.add_argument(
         "--increment",
         type=increment,
@@ -107,6 +109,9 @@ def run(args: argparse.Namespace) -> int:
     screen = Console(stderr=True)
     with screen.status(f"loading {args.model}"):
         backend, processor = open_backend(args)
+        selection = None
+        if config.best_of is not None:
+            selection = critics_beside(args, engine_of(backend)).selection(config.best_of)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -121,7 +126,12 @@ def run(args: argparse.Namespace) -> int:
             progress.update(bar, completed=done, total=total, description=words)
 
         report = answer_file(
-            config, processor, backend, facts=backend_facts(args), on_progress=show
+            config,
+            processor,
+            backend,
+            facts={**backend_facts(args), **best_of_facts(args)},
+            selection=selection,
+            on_progress=show,
         )
     print_report(report, config, screen)
     return SOME_FAILED if report.failures else 0
@@ -131,6 +141,10 @@ def _config(args: argparse.Namespace) -> OfflineConfig:
     from cascadevl.engine.offline import OfflineConfig
     from cascadevl.model.routing import parse_budget
 
+    opening_of(args)  # refuses what contradicts itself
+    best_of = wanted_best(args)
+    if best_of is not None and args.num_samples > 1:
+        raise ConfigError("--best-of writes the best answer; --num-samples asks for all of them")
     return OfflineConfig(
         questions=args.questions,
         out=args.out,
@@ -140,6 +154,9 @@ def _config(args: argparse.Namespace) -> OfflineConfig:
         increments=args.increment,
         system=args.system,
         thinking={"on": True, "off": False, None: None}[args.thinking],
+        force_thinking=args.force_thinking,
+        thinking_budget=args.thinking_budget,
+        best_of=best_of,
         token_ids=args.token_ids,
         visual_budget=None if args.visual_budget is None else parse_budget(args.visual_budget),
     )

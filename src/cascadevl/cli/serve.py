@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cascadevl.cli.arguments import Subparsers, positive_int
 from cascadevl.cli.backends import add_computing
+from cascadevl.cli.best_of import add_reward_model, critics_beside
 from cascadevl.cli.chat import usable_device
 from cascadevl.cli.serve_limits import (
     add_limits,
@@ -23,6 +24,7 @@ from cascadevl.errors import ConfigError
 
 if TYPE_CHECKING:
     from cascadevl.data.processor import CascadeVLProcessor
+    from cascadevl.engine.critics import Critics
     from cascadevl.engine.engine import Engine
     from cascadevl.model.configuration import CascadeVLConfig
     from cascadevl.model.modeling import CascadeVLForConditionalGeneration
@@ -50,6 +52,7 @@ def add_parser(subparsers: Subparsers) -> None:
     add_limits(parser)
     add_safety(parser)
     _add_model(parser)
+    add_reward_model(parser.add_argument_group("the best of several answers (best_of)"))
     _add_processes(parser)
     parser.set_defaults(run=run)
 
@@ -140,7 +143,10 @@ def _check_processes(args: argparse.Namespace) -> None:
 
 
 def _asker(
-    args: argparse.Namespace, processor: CascadeVLProcessor, config: CascadeVLConfig
+    args: argparse.Namespace,
+    processor: CascadeVLProcessor,
+    config: CascadeVLConfig,
+    critics: Critics,
 ) -> Asker:
     """What makes requests of bodies.
 
@@ -158,6 +164,7 @@ def _asker(
         max_tokens=args.max_tokens,
         visual_budget=budget,
         limits=limits_of(args),
+        critics=critics,
     )
 
 
@@ -205,9 +212,10 @@ def _run_coupled(args: argparse.Namespace) -> int:
     from cascadevl.serving.coupled import Coupled
 
     model, processor = cascadevl.load(args.model, device=usable_device(args.device))
-    asker = _asker(args, processor, model.config)
     _use_threads(args.threads or _share_of_cores(2))
-    _serve(args, Coupled(_engine(args, model, processor)), asker)
+    engine = _engine(args, model, processor)
+    asker = _asker(args, processor, model.config, critics_beside(args, engine))
+    _serve(args, Coupled(engine), asker)
     return 0
 
 
@@ -218,7 +226,7 @@ def _run_front(args: argparse.Namespace) -> int:
     from cascadevl.serving.processes import Keeper
 
     config, processor, checkpoint = load_settings(args.model)
-    asker = _asker(args, processor, config)
+    asker = _asker(args, processor, config, critics_beside(args, None))
     with TemporaryDirectory(prefix="cascadevl-") as folder:
         local = f"ipc://{folder}/front"
         addresses = [local] if args.wire is None else [local, args.wire]

@@ -1,12 +1,14 @@
 """Solutions that are judged step by step, as conversations: the multi-turn form of VisualPRM.
 
 The first turn shows the question and the first step, every later turn one more step, and each is
-answered with "+" or "-". Training, scoring and the released files share this form.
+answered with "+" or "-". Training, scoring and the released files share this form. What stands
+around question and steps is the released prompt, or a short one for models to which a page of
+instructions is noise (docs/decisions/0033); files are always in the released form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -19,12 +21,36 @@ from cascadevl.data.prompts import PROCESS_QUESTION, PROCESS_REWARD_SYSTEM, PROC
 from cascadevl.data.writing import conversation_fields
 from cascadevl.errors import ConfigError, DataError
 from cascadevl.losses.process_reward import LabelTokens
-from cascadevl.types import Example, ImageRef, Message, Record
+from cascadevl.types import Example, ImageRef, Message, Part, Record
 
 PLUS, MINUS = "+", "-"
 """The two answers: all is right so far, or it is not."""
 
-SYSTEM = Message.of("system", PROCESS_REWARD_SYSTEM)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wording:
+    """What stands around question and steps.
+
+    Attributes:
+        system: The system message.
+        question: Before the question.
+        solution: Between the question and the first step.
+    """
+
+    system: str
+    question: str
+    solution: str
+
+
+WORDINGS: Mapping[str, Wording] = {
+    "released": Wording(
+        system=PROCESS_REWARD_SYSTEM, question=PROCESS_QUESTION, solution=PROCESS_SOLUTION
+    ),
+    "short": Wording(system="Right so far? + or -", question="", solution="\n\n"),
+}
+"""By the name that a checkpoint's configuration has (``process_prompt``)."""
+
+RELEASED = WORDINGS["released"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +92,15 @@ def judged_question(prompt: Sequence[Message]) -> Message:
     return replace(prompt[-1], parts=(*shown, *prompt[-1].parts))
 
 
-def opening(question: Message) -> Message:
+def opening(question: Message, wording: Wording = RELEASED) -> Message:
     """The first turn up to where the first step begins.
 
     Args:
         question: Pictures and the question.
+        wording: What stands around it.
     """
-    return Message("user", (PROCESS_QUESTION, *question.parts, PROCESS_SOLUTION))
+    before = (wording.question,) if wording.question else ()
+    return Message("user", (*before, *question.parts, wording.solution))
 
 
 def step_turns(steps: Sequence[str], labels: Sequence[bool]) -> Iterator[Message]:
@@ -87,19 +115,25 @@ def step_turns(steps: Sequence[str], labels: Sequence[bool]) -> Iterator[Message
         yield Message.of("assistant", PLUS if label else MINUS)
 
 
-def conversation_of(judged: JudgedSolution) -> tuple[Message, ...]:
+def conversation_of(judged: JudgedSolution, wording: Wording = RELEASED) -> tuple[Message, ...]:
     """A judged solution as the conversation that is trained on.
 
     Args:
         judged: The solution; it has a step.
+        wording: What stands around question and steps.
     """
     first, *rest = step_turns(judged.steps, judged.labels)
-    begun = opening(judged.question)
-    return (SYSTEM, replace(begun, parts=begun.parts + first.parts), *rest)
+    begun = opening(judged.question, wording)
+    system = Message.of("system", wording.system)
+    return (system, replace(begun, parts=begun.parts + first.parts), *rest)
 
 
 def candidates_record(
-    question: Message, candidates: Sequence[Sequence[str]], *, source: str
+    question: Message,
+    candidates: Sequence[Sequence[str]],
+    *,
+    source: str,
+    wording: Wording = RELEASED,
 ) -> Record:
     """Several solutions of one question, as branches that share it and its pictures.
 
@@ -110,11 +144,12 @@ def candidates_record(
         question: Pictures and the question.
         candidates: The steps of each solution, at least one.
         source: Named in errors.
+        wording: What stands around question and steps.
     """
     return Record(
         source=source,
         record_id=source,
-        messages=(SYSTEM, opening(question)),
+        messages=(Message.of("system", wording.system), opening(question, wording)),
         branches=tuple(tuple(step_turns(steps, [True] * len(steps))) for steps in candidates),
     )
 
@@ -149,20 +184,31 @@ def read_judged(record: Record) -> JudgedSolution:
     """
     turns = [turn for turn in record.messages if turn.role != "system"]
     labels = labels_in(record)
-    first, begun = turns[0], PROCESS_QUESTION
-    text = first.parts[-1]
-    if not (isinstance(first.parts[0], str) and first.parts[0].startswith(begun)) or not (
+    shown, begun = _joined(turns[0].parts), PROCESS_QUESTION
+    text = shown[-1]
+    if not (isinstance(shown[0], str) and shown[0].startswith(begun)) or not (
         isinstance(text, str) and PROCESS_SOLUTION in text
     ):
         raise _no_process(record, f"the first turn has no {PROCESS_SOLUTION.strip()!r}")
     before, _, step = text.rpartition(PROCESS_SOLUTION)
-    parts = [*first.parts[:-1], before]
+    parts = [*shown[:-1], before]
     parts[0] = str(parts[0]).removeprefix(begun)
     return JudgedSolution(
         question=Message("user", tuple(part for part in parts if part != "")),
         steps=(step, *(turn.text for turn in turns[2::2])),
         labels=labels,
     )
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Parts with neighbouring texts as one, as they are in a file."""
+    joined: list[Part] = []
+    for part in parts:
+        if joined and isinstance(part, str) and isinstance(last := joined[-1], str):
+            joined[-1] = last + part
+        else:
+            joined.append(part)
+    return joined
 
 
 def labels_in(record: Record) -> tuple[bool, ...]:
@@ -221,19 +267,24 @@ def label_tokens(builder: ExampleBuilder) -> LabelTokens:
 class StepBuilder:
     """Makes examples of judged solutions in which exactly the labels are targets, one a step."""
 
-    def __init__(self, builder: ExampleBuilder) -> None:
+    def __init__(self, builder: ExampleBuilder, prompt: str = "released") -> None:
         """Bind what makes examples.
 
         Args:
             builder: Of the model.
+            prompt: What stands around question and steps: a key of `WORDINGS`.
 
         Raises:
             ConfigError: If "+" and "-" are no tokens of it.
         """
         self._builder, self.tokens = builder, label_tokens(builder)
+        self._wording = WORDINGS[prompt]
 
     def __call__(self, record: Record, *, epoch: int = 0) -> Example:
-        """Make the training example of a solution; a missing system message is put in front.
+        """Make the training example of a solution.
+
+        With the released prompt a record is taken as it is, and a missing system message put in
+        front; with another one it is written anew.
 
         Args:
             record: In the released form.
@@ -243,8 +294,12 @@ class StepBuilder:
             DataError: If it is no solution with judged steps, or cannot be used.
         """
         labels_in(record)
-        if record.messages[0].role != "system":
-            record = replace(record, messages=(SYSTEM, *record.messages))
+        if self._wording is not RELEASED:
+            turns = conversation_of(read_judged(record), self._wording)
+            record = replace(record, messages=turns)
+        elif record.messages[0].role != "system":
+            system = Message.of("system", RELEASED.system)
+            record = replace(record, messages=(system, *record.messages))
         return self._marked(record, epoch)
 
     def candidates(
@@ -260,7 +315,8 @@ class StepBuilder:
         Raises:
             DataError: If a step or a picture cannot be used.
         """
-        return self._marked(candidates_record(question, candidates, source=source), 0)
+        record = candidates_record(question, candidates, source=source, wording=self._wording)
+        return self._marked(record, 0)
 
     def _marked(self, record: Record, epoch: int) -> Example:
         example = self._builder(record, epoch=epoch)

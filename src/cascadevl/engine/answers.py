@@ -19,6 +19,7 @@ from cascadevl.engine.requests import (
 )
 from cascadevl.engine.sampler import Sampled
 from cascadevl.engine.stops import AnswerText, end_ids
+from cascadevl.engine.thinking import Reasoning, opens_reasoning
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 
 
@@ -35,6 +36,7 @@ class AnswerState:
         processor: Makes text of all tokens in the end.
         row: Its row in the table of sampling wishes; negative before its first token.
         grammar: Where it stands in its JSON schema, if it has one.
+        reasoning: How far its reasoning is, if that has a budget.
         logprobs: What the model thought of its tokens, if the request asked.
         piece: Text that became certain with the last token.
         finish_reason: How it ended; None while it goes on.
@@ -48,6 +50,7 @@ class AnswerState:
     processor: CascadeVLProcessor | None
     row: int = -1
     grammar: Grammar | None = None
+    reasoning: Reasoning | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     piece: str = ""
     finish_reason: FinishReason | None = None
@@ -70,6 +73,8 @@ class AnswerState:
             self.finish_reason = "length"
         if self.grammar is not None and self.finish_reason is None:
             self.grammar.take(generated[-1])
+        if self.reasoning is not None and self.finish_reason is None:
+            self.reasoning.take(generated[-1])
 
     def call_off(self) -> None:
         """End the answer before its time."""
@@ -161,7 +166,11 @@ def answer_state(
     text = None
     if processor is not None and (request.stream or sampling.stop):
         text = AnswerText(processor, sampling, ends)
-    return AnswerState(job, request, prompt, frozenset(ends), text, processor)
+    state = AnswerState(job, request, prompt, frozenset(ends), text, processor)
+    if processor is not None and request.thinking_budget is not None:
+        is_open = opens_reasoning(processor, prompt.tokens.ids)
+        state.reasoning = Reasoning(processor, request.thinking_budget, is_open=is_open)
+    return state
 
 
 @dataclass(slots=True, eq=False)

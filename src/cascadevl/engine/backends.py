@@ -33,12 +33,14 @@ class Capabilities:
         logprobs: Log-probabilities come with the tokens.
         constrained: Answers can be made to follow a JSON schema.
         weight_refresh: New weights are taken in without starting again.
+        thinking_budget: Reasoning can be ended after so many tokens.
     """
 
     increments: bool
     logprobs: bool
     constrained: bool
     weight_refresh: bool
+    thinking_budget: bool = False
 
 
 @runtime_checkable
@@ -106,6 +108,10 @@ def check_wishes(request: Request, capabilities: Capabilities, backend: str) -> 
     if sampling.json_schema is not None and not capabilities.constrained:
         raise RequestError(
             f"json_schema is given, but {backend} cannot constrain answers; use the engine"
+        )
+    if request.thinking_budget is not None and not capabilities.thinking_budget:
+        raise RequestError(
+            f"thinking_budget is given, but {backend} cannot end reasoning; use the engine"
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.backends import Backend, generate
@@ -23,8 +23,80 @@ from cascadevl.model.v2pe import Increments
 from cascadevl.scoring.voting import ballot, is_decided, tally
 from cascadevl.types import Message
 
+Select: TypeAlias = Literal["prm", "outcome", "vote"]
+"""By what an answer is chosen: a process reward model, the same of whole answers, or a vote."""
+
 FAULTS_OF_TEXTS = frozenset(("control_token", "encoding", "image_count"))
 """Kinds of `DataError` with which a scorer refuses an answer, and not the question."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestOfConfig:
+    """How many answers are drawn to a question, and by what one is chosen.
+
+    Attributes:
+        num_samples: N, the most answers drawn.
+        select: By what is chosen.
+        round_size: Answers drawn before it is asked whether more are needed; None draws all at
+            once. A vote then ends when its leader cannot be overtaken.
+        stop_score: With a reward model, an answer of this score ends the drawing.
+    """
+
+    num_samples: int = 8  # both reports
+    select: Select = "prm"
+    round_size: int | None = None
+    stop_score: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what draws nothing, or what would not be read.
+
+        Raises:
+            ConfigError: If a number is out of range, or two wishes exclude each other.
+        """
+        _check_rounds(self.num_samples, self.round_size)
+        if self.stop_score is None:
+            return
+        if self.select == "vote":
+            raise ConfigError("stop_score is given, but a vote has no scores; leave it out")
+        if self.round_size is None:
+            raise ConfigError(
+                "stop_score is given, but all answers are drawn at once; say with round_size how "
+                "many are drawn before the best of them is looked at"
+            )
+
+    def check_temperature(self, temperature: float) -> None:
+        """Refuse to draw the same answer again and again.
+
+        Raises:
+            ConfigError: If several answers are drawn greedily.
+        """
+        _check_temperature(self.num_samples, temperature)
+
+
+def rounds(num_samples: int, round_size: int | None) -> Iterator[tuple[int, int]]:
+    """Number of the first answer and number of answers of each round.
+
+    Args:
+        num_samples: Most answers.
+        round_size: Answers of a round; None for all.
+    """
+    size = round_size or num_samples
+    for first in range(0, num_samples, size):
+        yield first, min(size, num_samples - first)
+
+
+def _check_rounds(num_samples: int, round_size: int | None) -> None:
+    if num_samples < 1:
+        raise ConfigError(f"num_samples is {num_samples}; it must be at least 1")
+    if round_size is not None and round_size < 1:
+        raise ConfigError(f"round_size is {round_size}; it must be at least 1, or None")
+
+
+def _check_temperature(num_samples: int, temperature: float) -> None:
+    if num_samples > 1 and temperature == 0:
+        raise ConfigError(
+            f"temperature is 0, so that all {num_samples} answers would be the same; use 0.6 or 0.7"
+        )
 
 
 @runtime_checkable
@@ -189,17 +261,25 @@ def _has_ended(completion: Completion) -> bool:
     return completion.finish_reason == "stop"
 
 
+def ranked(candidates: Sequence[Candidate]) -> list[int]:
+    """Places of candidates, the best first: those that came to an end, by their scores.
+
+    Args:
+        candidates: In the order in which they were drawn; of equals the first is better.
+    """
+    return sorted(
+        range(len(candidates)),
+        key=lambda n: (not _has_ended(candidates[n].completion), -candidates[n].score, n),
+    )
+
+
 def chosen(candidates: Sequence[Candidate]) -> Chosen:
     """The best of some candidates: of those that came to an end, if any did, the highest score.
 
     Args:
         candidates: In the order in which they were drawn; of equals the first is taken.
     """
-    best = max(
-        range(len(candidates)),
-        key=lambda n: (_has_ended(candidates[n].completion), candidates[n].score, -n),
-    )
-    return Chosen(candidates=tuple(candidates), index=best)
+    return Chosen(candidates=tuple(candidates), index=ranked(candidates)[0])
 
 
 def _sampling() -> SamplingParams:
@@ -220,6 +300,8 @@ class BestOfN:
         sampling: How tokens are drawn. Every question and round has a random stream of its own.
         system: System message of conversations without one; the model's if None.
         thinking: Whether to reason first, through the system message.
+        force_thinking: Whether answers are begun so that they do, or do not.
+        thinking_budget: Most tokens of reasoning; see `Request`.
         increments: Position step of visual tokens; the model's if None.
     """
 
@@ -231,6 +313,8 @@ class BestOfN:
     sampling: SamplingParams = field(default_factory=_sampling)
     system: str | None = None
     thinking: bool | None = None
+    force_thinking: bool = False
+    thinking_budget: int | None = None
     increments: Increments | None = None
 
     def __post_init__(self) -> None:
@@ -239,15 +323,8 @@ class BestOfN:
         Raises:
             ConfigError: If a number is out of range, or several answers are drawn greedily.
         """
-        if self.num_samples < 1:
-            raise ConfigError(f"num_samples is {self.num_samples}; it must be at least 1")
-        if self.round_size is not None and self.round_size < 1:
-            raise ConfigError(f"round_size is {self.round_size}; it must be at least 1, or None")
-        if self.num_samples > 1 and self.sampling.temperature == 0:
-            raise ConfigError(
-                f"temperature is 0, so that all {self.num_samples} answers would be the same; "
-                "use 0.6 or 0.7"
-            )
+        _check_rounds(self.num_samples, self.round_size)
+        _check_temperature(self.num_samples, self.sampling.temperature)
 
     def __call__(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """The best answer to each conversation, in order."""
@@ -267,10 +344,15 @@ class BestOfN:
         """
         found: list[list[Candidate]] = [[] for _ in conversations]
         examples = [
-            self.processor.prompt(each, system=self.system, thinking=self.thinking)
+            self.processor.prompt(
+                each,
+                system=self.system,
+                thinking=self.thinking,
+                force_thinking=self.force_thinking,
+            )
             for each in conversations
         ]
-        for first, size in self._rounds():
+        for first, size in rounds(self.num_samples, self.round_size):
             left = self.num_samples - first
             open_ = [
                 place
@@ -283,6 +365,7 @@ class BestOfN:
                     sampling=replace(self.sampling, seed=stream_of(stream_of(seed, place), first)),
                     num_samples=size,
                     increments=self.increments,
+                    thinking_budget=self.thinking_budget,
                 )
                 for place in open_
             ]
@@ -290,9 +373,3 @@ class BestOfN:
             for place, new in zip(open_, drawn, strict=True):
                 found[place] = self.selection.judged(conversations[place], found[place], new)
         return [chosen(candidates) for candidates in found]
-
-    def _rounds(self) -> Iterator[tuple[int, int]]:
-        """Number of the first answer and number of answers of each round."""
-        size = self.round_size or self.num_samples
-        for first in range(0, self.num_samples, size):
-            yield first, min(size, self.num_samples - first)

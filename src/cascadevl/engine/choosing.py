@@ -14,9 +14,10 @@ from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.answers import AnswerState
 from cascadevl.engine.constrained import Grammar, Grammars
 from cascadevl.engine.requests import Request
-from cascadevl.engine.sampler import Sampled, sample
+from cascadevl.engine.sampler import Allowed, Sampled, sample
 from cascadevl.engine.sampling import SamplingTable
 from cascadevl.engine.stops import check_stops
+from cascadevl.engine.thinking import with_forced
 from cascadevl.errors import RequestError
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 
@@ -56,6 +57,11 @@ class Chooser:
                 "stop strings and json_schema speak of text, but the engine has no processor; "
                 "give it one, or use stop_token_ids"
             )
+        elif request.thinking_budget is not None:
+            raise RequestError(
+                "thinking_budget needs to know how reasoning is written, but the engine has no "
+                "processor; give it one"
+            )
         if sampling.json_schema is not None:
             self._grammar(sampling.json_schema)
 
@@ -77,6 +83,10 @@ class Chooser:
                 self._begin(state)
         rows = np.array([state.row for state in states], dtype=np.int64)
         counters = np.array([len(state.job.generated) for state in states], dtype=np.int64)
+        return sample(logits, self._wishes, rows, counters, self._allowed(states))
+
+    def _allowed(self, states: Sequence[AnswerState]) -> Allowed | None:
+        """What grammars allow, and what reasoning that has been long enough forces."""
         followed = {
             place: state.grammar for place, state in enumerate(states) if state.grammar is not None
         }
@@ -84,7 +94,12 @@ class Chooser:
         if followed:
             assert self._grammars is not None
             allowed = self._grammars.allowed(followed)
-        return sample(logits, self._wishes, rows, counters, allowed)
+        forced = {
+            place: token
+            for place, state in enumerate(states)
+            if state.reasoning is not None and (token := state.reasoning.forced) is not None
+        }
+        return with_forced(allowed, forced, self._wishes.vocab_size)
 
     def release(self, state: AnswerState) -> None:
         """Forget the wishes of an answer that has ended."""

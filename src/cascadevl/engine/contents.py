@@ -81,7 +81,7 @@ def _of_example(
     counts: Sequence[int | None] = drawn or [None] * example.num_tiles
     ends = np.cumsum(example.tiles_per_image).tolist()
     pictures = [
-        _cut(example.tiles[end - count : end], config, counts[end - count : end])
+        cut(example.tiles[end - count : end], config, counts[end - count : end])
         for end, count in zip(ends, example.tiles_per_image, strict=True)
     ]
     return example.input_ids, pictures
@@ -101,7 +101,7 @@ def _of_parts(
         if isinstance(part, ImageFeatures):
             pictures.append(_encoded(part, config))
         else:
-            pictures.append(_cut(part.tiles, config, [None] * len(part.tiles)))
+            pictures.append(cut(part.tiles, config, [None] * len(part.tiles)))
     if not ids:
         raise RequestError("the prompt has no tokens; an answer needs at least one before it")
     return np.asarray(ids, dtype=np.int64), pictures
@@ -119,12 +119,21 @@ def _check_ids(ids: Sequence[int], config: CascadeVLConfig) -> None:
         )
 
 
-def _cut(
+def cut(
     tiles: UInt8[np.ndarray, "tiles px px 3"],
     config: CascadeVLConfig,
     counts: Sequence[int | None],
 ) -> Picture:
-    """The tiles of a picture that the model encodes."""
+    """The tiles of a picture that the model encodes.
+
+    Args:
+        tiles: The tiles.
+        config: Of the model.
+        counts: Visual tokens that each is to have; None where that depends on the budget.
+
+    Raises:
+        RequestError: If the model cannot make that of them.
+    """
     size = config.vision_config.image_size
     wanted = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if len(tiles) == 0 or tiles.shape[1:3] != wanted:

@@ -161,6 +161,11 @@ class AnswerStream(Iterator[str]):
         """Of them, those with fewer visual tokens than a full one; waits for the router."""
         return self._tokens.prompt.num_compressed
 
+    @property
+    def note(self) -> str:
+        """Nothing: the answer stands for itself."""
+        return ""
+
     def __next__(self) -> str:
         """The next piece; tokens that make no text certain give none."""
         for token in self._tokens:
@@ -201,6 +206,8 @@ class Session:
         increments: Position step of all pictures, or of each; the configuration's where not given.
         system: System message instead of the processor's.
         thinking: Whether to reason first; see `CascadeVLProcessor.prompt`.
+        force_thinking: Whether the answer is begun so that it does, or does not.
+        thinking_budget: Most tokens of reasoning; see `Request`.
         visual_budget: Which tiles are compressed, if the model has a router. It decides anew in
             every turn, for all tiles there are; where it decides otherwise, a turn is read anew.
     """
@@ -210,6 +217,8 @@ class Session:
     increments: Increments | None = None
     system: str | None = None
     thinking: bool | None = None
+    force_thinking: bool = False
+    thinking_budget: int | None = None
     visual_budget: VisualBudget | None = None
 
     def __post_init__(self) -> None:
@@ -237,21 +246,35 @@ class Session:
         """
         if self._answering is not None:
             self._answering.close()
+        self._answering = AnswerStream(self.engine.stream(self.request(prompt)))
+        return self._answering
+
+    def request(self, prompt: Example | Conversation) -> Request:
+        """What the engine is asked about the last turn of a conversation.
+
+        Args:
+            prompt: As for `ask`.
+
+        Raises:
+            DataError: If a message or picture cannot be used.
+            RequestError: If the conversation does not fit the trained context.
+        """
         example = prompt
         if not isinstance(example, Example):
             assert self.engine.processor is not None, "a session needs an engine with a processor"
             example = self.engine.processor.prompt(
-                example, system=self.system, thinking=self.thinking
+                example,
+                system=self.system,
+                thinking=self.thinking,
+                force_thinking=self.force_thinking,
             )
-        increments = self._increments_for(example)
-        request = Request(
+        return Request(
             prompt=example,
             sampling=self.sampling,
-            increments=increments,
+            increments=self._increments_for(example),
             visual_budget=self.visual_budget,
+            thinking_budget=self.thinking_budget,
         )
-        self._answering = AnswerStream(self.engine.stream(request))
-        return self._answering
 
     def _increments_for(self, example: Example) -> Increments | None:
         """Given ones, None for the example's own, or the one chosen for this conversation."""

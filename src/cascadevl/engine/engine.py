@@ -14,6 +14,9 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from cascadevl.data.processor import CascadeVLProcessor
@@ -22,7 +25,7 @@ from cascadevl.engine.boxes import Boxes, TokenStream
 from cascadevl.engine.choosing import Chooser
 from cascadevl.engine.jobs import Job, Plan
 from cascadevl.engine.packed_weights import PackedModel
-from cascadevl.engine.prompts import Tile, prepare
+from cascadevl.engine.prompts import Tile, prepare, tiles_of
 from cascadevl.engine.requests import (
     Completion,
     EngineConfig,
@@ -156,6 +159,11 @@ class Engine:
         return result
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the text body was packed for a CPU, and its weights are no longer as stored."""
+        return self._packed is not None
+
+    @property
     def num_waiting(self) -> int:
         """Answers that wait for their turn, preempted ones included."""
         added = sum(isinstance(each, OpenRequest) for each in self._inbox)
@@ -218,6 +226,24 @@ class Engine:
             else:
                 load_weights(self.model, state)
             self._forget()
+
+    def visual_tokens(
+        self, tiles: UInt8[np.ndarray, "tiles px px 3"]
+    ) -> Float[Tensor, "visual hidden"]:
+        """Visual tokens of tiles, all full, one tile behind the other.
+
+        What was encoded for a request is found again, so that a judge with the same vision half
+        need not look at a picture a second time. Waits for a step that is being computed.
+
+        Args:
+            tiles: RGB tiles as `cascadevl.types.Example` holds them.
+
+        Raises:
+            RequestError: If they do not have the model's size.
+        """
+        with self._lock, evaluating(self.model):
+            placed = tiles_of(tiles, self.model.config)
+            return torch.cat(self._vision.features(placed))
 
     def forget(self) -> None:
         """Find nothing again of what was computed for requests that have ended.

@@ -38,7 +38,13 @@ class EngineBackend:
     @property
     def capabilities(self) -> Capabilities:
         """Everything."""
-        return Capabilities(increments=True, logprobs=True, constrained=True, weight_refresh=True)
+        return Capabilities(
+            increments=True,
+            logprobs=True,
+            constrained=True,
+            weight_refresh=True,
+            thinking_budget=True,
+        )
 
     def answer(self, requests: Iterable[Request]) -> Iterator[Outcome]:
         """Answer requests together, see `Backend.answer`."""

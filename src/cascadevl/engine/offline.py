@@ -9,7 +9,7 @@ the next attempt, because people mend them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,15 @@ from cascadevl.data.json_text import decode_json
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.questions import Line, RecordId, parse_question, read_lines, record_id
 from cascadevl.engine.backends import Backend
+from cascadevl.engine.best_of_n import BestOfConfig, Candidate, Selection, chosen
+from cascadevl.engine.draws import stream_of
 from cascadevl.engine.requests import Completion, Request
 from cascadevl.engine.sampling import SamplingParams
+from cascadevl.engine.thinking import parted
 from cascadevl.errors import ConfigError, DataError, RequestError
 from cascadevl.model.routing import VisualBudget
 from cascadevl.model.v2pe import Increments
+from cascadevl.types import Message
 
 Progress = Callable[[int, int, int], None]
 """Takes the number of questions that are done, of all questions, and of those that failed."""
@@ -43,6 +47,9 @@ class OfflineConfig:
         increments: Position step of visual tokens; the model's if None.
         system: System message of conversations that have none; the model's if None.
         thinking: Whether to reason first; as the conversation says if None.
+        force_thinking: Whether answers are begun so that they do, or do not.
+        thinking_budget: Most tokens of reasoning; see `Request`.
+        best_of: Draw several answers and write the best one; ``num_samples`` is then not read.
         token_ids: Whether the tokens of an answer are written, too.
         visual_budget: Which tiles of a question are compressed, if the model has a router; its
             own thresholds if None.
@@ -56,8 +63,20 @@ class OfflineConfig:
     increments: Increments | None = None
     system: str | None = None
     thinking: bool | None = None
+    force_thinking: bool = False
+    thinking_budget: int | None = None
+    best_of: BestOfConfig | None = None
     token_ids: bool = False
     visual_budget: VisualBudget | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse to draw the same again and again.
+
+        Raises:
+            ConfigError: If the best of several greedy answers is wanted.
+        """
+        if self.best_of is not None:
+            self.best_of.check_temperature(self.sampling.temperature)
 
     @property
     def journal(self) -> Path:
@@ -68,8 +87,11 @@ class OfflineConfig:
         """What the answers depend on, files left out: those may move."""
         values = asdict(self)
         left_out = {"questions", "out", "root"}
-        if self.visual_budget is None:
-            left_out.add("visual_budget")  # as in journals of models without one
+        for name in ("visual_budget", "thinking_budget", "best_of"):
+            if values[name] is None:
+                left_out.add(name)  # as in journals of commands without one
+        if not self.force_thinking:
+            left_out.add("force_thinking")
         return {name: values[name] for name in values if name not in left_out}
 
 
@@ -111,6 +133,7 @@ def answer_file(
     backend: Backend,
     *,
     facts: Mapping[str, Any],
+    selection: Selection | None = None,
     on_progress: Progress = lambda done, total, failed: None,
 ) -> OfflineReport:
     """Answer the questions of a file that have no answers yet.
@@ -120,6 +143,7 @@ def answer_file(
         processor: Makes prompts of conversations.
         backend: Answers.
         facts: JSON values that the answers depend on beside the configuration, such as the model.
+        selection: Which of several answers is written, with ``config.best_of``.
         on_progress: Told how far it is.
 
     Raises:
@@ -144,7 +168,7 @@ def answer_file(
         )
         answered = _answered(config.out)
         total = _check_same(config, answered)
-        asking = _Asking(config, processor, answered)
+        asking = _Asking(config, processor, answered, selection)
         num_done = num_tokens = 0
 
         def tell() -> None:
@@ -152,16 +176,14 @@ def answer_file(
             on_progress(len(answered) + num_done + failed, total, failed)
 
         tell()
-        for number, outcome in backend.answer(asking.requests()):
-            line, name = asking.asked.pop(number)
-            if isinstance(outcome, RequestError):
-                asking.failures.append(Failure(line, outcome))
-            else:
-                rows = [_row(each, line, name, config) for each in outcome]
-                journal.commit({config.out.name: rows}, {})
-                num_done += 1
-                num_tokens += sum(each.usage.completion_tokens for each in outcome)
-            tell()
+        while not asking.is_done:
+            for number, outcome in backend.answer(asking.requests()):
+                done = asking.take(number, outcome)
+                if done is not None:
+                    journal.commit({config.out.name: done.rows}, {})
+                    num_done += 1
+                    num_tokens += done.num_tokens
+                tell()
         tell()
     return OfflineReport(
         num_questions=total,
@@ -173,46 +195,131 @@ def answer_file(
 
 
 @dataclass(slots=True, eq=False)
+class _Open:
+    """A question that is being answered.
+
+    Attributes:
+        number: Its line.
+        name: Its id.
+        messages: The conversation.
+        candidates: Answers that were drawn before, where the best of several is wanted.
+        num_tokens: Their tokens.
+    """
+
+    number: int
+    name: RecordId
+    messages: Sequence[Message]
+    candidates: list[Candidate] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A question that is answered: its lines of the file, and the tokens they took."""
+
+    rows: list[dict[str, Any]]
+    num_tokens: int
+
+
+@dataclass(slots=True, eq=False)
 class _Asking:
     """Makes requests of the lines that are not answered, and remembers whose they are."""
 
     config: OfflineConfig
     processor: CascadeVLProcessor
     answered: Mapping[int, RecordId]
-    asked: dict[int, tuple[int, RecordId]] = field(default_factory=dict)
+    selection: Selection | None
+    asked: dict[int, _Open] = field(default_factory=dict)
+    again: list[_Open] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    is_begun: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing more to ask."""
+        return self.is_begun and not self.again
 
     def requests(self) -> Iterator[Request]:
-        number = 0
-        for line in read_lines(self.config.questions):
-            if line.number in self.answered:
-                continue
+        """Of all lines at first; then of the questions that need more answers."""
+        again, self.again = self.again, []
+        sources: Iterable[Line | _Open] = again if self.is_begun else self._lines()
+        self.is_begun, number = True, 0
+        for each in sources:
             try:
-                name, request = self._request(line)
+                opened = self._opened(each) if isinstance(each, Line) else each
+                request = self._request(opened)
             except (DataError, RequestError) as error:
-                self.failures.append(Failure(line.number, error))
+                self.failures.append(Failure(each.number, error))
                 continue
-            self.asked[number] = line.number, name
+            self.asked[number] = opened
             number += 1
             yield request
 
-    def _request(self, line: Line) -> tuple[RecordId, Request]:
+    def take(self, number: int, outcome: tuple[Completion, ...] | RequestError) -> _Done | None:
+        """Take in what came back; gives the question if it is answered with it."""
+        opened = self.asked.pop(number)
+        if isinstance(outcome, RequestError):
+            self.failures.append(Failure(opened.number, outcome))
+            return None
+        opened.num_tokens += sum(each.usage.completion_tokens for each in outcome)
+        if self.config.best_of is None:
+            rows = [_row(each, opened, self.config) for each in outcome]
+            return _Done(rows, opened.num_tokens)
+        return self._chosen(opened, outcome, self.config.best_of)
+
+    def _chosen(
+        self, opened: _Open, outcome: Sequence[Completion], config: BestOfConfig
+    ) -> _Done | None:
+        """The best answer, unless more are to be drawn first."""
+        assert self.selection is not None, "somebody chooses"
+        try:
+            found = self.selection.judged(opened.messages, opened.candidates, outcome)
+        except (DataError, RequestError) as error:
+            self.failures.append(Failure(opened.number, error))
+            return None
+        opened.candidates = found
+        if not self.selection.is_settled(found, config.num_samples - len(found)):
+            self.again.append(opened)
+            return None
+        choice = chosen(found)
+        best = choice.best
+        row = _row(replace(best.completion, sample=choice.index), opened, self.config)
+        row |= {"score": best.score, "num_drawn": len(found)}
+        if best.steps:
+            row |= {"steps": list(best.steps), "step_scores": list(best.step_scores)}
+        return _Done([row], opened.num_tokens)
+
+    def _lines(self) -> Iterator[Line]:
+        lines = read_lines(self.config.questions)
+        return (line for line in lines if line.number not in self.answered)
+
+    def _opened(self, line: Line) -> _Open:
         config = self.config
         root = config.questions.parent if config.root is None else config.root
         name, messages = parse_question(line, file=config.questions, root=root)
+        return _Open(line.number, name, messages)
+
+    def _request(self, opened: _Open) -> Request:
+        config = self.config
         example = self.processor.builder.prompt(
-            messages,
+            opened.messages,
             system=config.system,
             thinking=config.thinking,
-            source=f"{config.questions}:{line.number}",
+            force_thinking=config.force_thinking,
+            source=f"{config.questions}:{opened.number}",
         )
-        sampling = replace(config.sampling, seed=seed_of(config.sampling.seed, line.number))
-        return name, Request(
+        seed, num_samples = seed_of(config.sampling.seed, opened.number), config.num_samples
+        if config.best_of is not None:
+            first, most = len(opened.candidates), config.best_of.num_samples
+            seed = stream_of(seed, first)
+            num_samples = min(config.best_of.round_size or most, most - first)
+        return Request(
             prompt=example,
-            sampling=sampling,
-            num_samples=config.num_samples,
+            sampling=replace(config.sampling, seed=seed),
+            num_samples=num_samples,
             increments=config.increments,
             visual_budget=config.visual_budget,
+            thinking_budget=config.thinking_budget,
         )
 
 
@@ -227,10 +334,10 @@ def seed_of(seed: int, question: int | str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _row(answer: Completion, line: int, name: RecordId, config: OfflineConfig) -> dict[str, Any]:
+def _row(answer: Completion, asked: _Open, config: OfflineConfig) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "id": name,
-        "line": line,
+        "id": asked.name,
+        "line": asked.number,
         "sample": answer.sample,
         "text": answer.text,
         "finish_reason": answer.finish_reason,
@@ -240,6 +347,10 @@ def _row(answer: Completion, line: int, name: RecordId, config: OfflineConfig) -
             "completion": answer.usage.completion_tokens,
         },
     }
+    begun = config.force_thinking and bool(config.thinking)
+    reasoning, content = parted(answer.text, is_begun=begun)
+    if reasoning:
+        row |= {"reasoning_content": reasoning, "content": content}
     if answer.usage.tiles:
         row["tokens"]["tiles"] = answer.usage.tiles
         row["tokens"]["compressed_tiles"] = answer.usage.compressed_tiles

@@ -7,12 +7,13 @@ pictures are encoded once; each score is that of the solution scored alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from cascadevl.data.collate import collate, num_tokens
@@ -27,6 +28,9 @@ from cascadevl.model.v2pe import increments_of
 from cascadevl.scoring.steps import Aggregate, StepRules, aggregated, steps_of
 from cascadevl.types import Batch, Example, Message
 
+Encode: TypeAlias = Callable[[UInt8[np.ndarray, "tiles px px 3"]], Tensor]
+"""Gives the visual tokens of tiles, one tile behind the other (`Engine.visual_tokens`)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessRewardConfig:
@@ -38,20 +42,25 @@ class ProcessRewardConfig:
         aggregate: How the scores of steps become one (reports: mean).
         max_tokens: Most tokens of one forward; more candidates are scored in several, of which the
             pictures are encoded once.
+        chunk: Most candidates of one forward, which bounds its memory whatever their length; each
+            chunk reads the question again. None for as many as ``max_tokens`` allows.
     """
 
     rules: StepRules = field(default_factory=StepRules)
     aggregate: Aggregate = "mean"
     max_tokens: int = 16384
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a row without tokens.
 
         Raises:
-            ConfigError: If ``max_tokens`` is not positive.
+            ConfigError: If ``max_tokens`` or ``chunk`` is not positive.
         """
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if self.chunk is not None and self.chunk < 1:
+            raise ConfigError(f"chunk is {self.chunk}; it must be at least 1, or None")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +86,8 @@ class ProcessRewardModel:
         model: CascadeVLForConditionalGeneration,
         processor: CascadeVLProcessor,
         config: ProcessRewardConfig | None = None,
+        *,
+        encode: Encode | None = None,
     ) -> None:
         """Bind a model.
 
@@ -85,13 +96,16 @@ class ProcessRewardModel:
                 `cascadevl.load`.
             processor: Its processor.
             config: How solutions are scored.
+            encode: Whose vision half is shared, where it is the same one to the bit: pictures that
+                were encoded to be answered are not encoded again to be judged.
 
         Raises:
             ConfigError: If its tokenizer has no tokens for "+" and "-".
         """
         self.model, self.processor = model, processor
         self.config = config or ProcessRewardConfig()
-        self._builder = StepBuilder(processor.builder)
+        self._encode = encode
+        self._builder = StepBuilder(processor.builder, model.config.process_prompt)
 
     def __call__(self, prompt: Sequence[Message], solutions: Sequence[str]) -> list[SolutionScore]:
         """Score several solutions of one question, in order.
@@ -130,7 +144,7 @@ class ProcessRewardModel:
                     example = self._builder.candidates(question, part, source="the solutions")
                 batch = self._batch(example)
                 if visual is None and batch.pixel_values is not None:
-                    visual = self.model.model.encode(batch.pixel_values)
+                    visual = self._visual(example, batch.pixel_values)
                 flat = self._forward(batch, visual).tolist()
                 owners = batch.target_samples.tolist()
                 own = dict[int, list[float]]()
@@ -139,11 +153,17 @@ class ProcessRewardModel:
                 scores += own.values()  # targets stand in the order of their branches
         return scores
 
+    def _visual(self, example: Example, pixels: Tensor) -> Float[Tensor, "visual hidden"]:
+        if self._encode is not None:
+            return self._encode(example.tiles)
+        return self.model.model.encode(pixels)
+
     def _groups(self, example: Example) -> list[tuple[int, int]]:
         """Ranges of candidates that share a forward: as many as fit."""
         total = num_tokens(example, self.processor.tokens_per_tile)
         sizes = _branch_tokens(example)
         shared = total - sum(sizes)
+        most = self.config.chunk or len(sizes)
         groups, first, used = list[tuple[int, int]](), 0, shared
         for number, size in enumerate(sizes):
             if shared + size > self.config.max_tokens:
@@ -151,7 +171,7 @@ class ProcessRewardModel:
                     f"solution {number} has {shared + size} tokens with its question, but "
                     f"max_tokens is {self.config.max_tokens}; raise max_tokens"
                 )
-            if used + size > self.config.max_tokens:
+            if used + size > self.config.max_tokens or number - first == most:
                 groups.append((first, number))
                 first, used = number, shared
             used += size

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from cascadevl.engine.cache import PromptTokens
-from cascadevl.engine.contents import Content, Picture, contents_of
+from cascadevl.engine.contents import Content, Picture, contents_of, cut
 from cascadevl.engine.requests import Request
 from cascadevl.errors import RequestError
 from cascadevl.model.configuration import CascadeVLConfig
@@ -181,6 +181,26 @@ def _laid_out(asked: Unrouted, counts: Sequence[int], *, unrouted: Unrouted | No
         increments,
         num_compressed=sum(number < config.tokens_per_tile for number in each),
         unrouted=unrouted,
+    )
+
+
+def tiles_of(
+    tiles: UInt8[np.ndarray, "tiles px px 3"], config: CascadeVLConfig
+) -> tuple[Tile, ...]:
+    """Tiles that stand in no prompt, all full, one behind the other.
+
+    Args:
+        tiles: RGB tiles.
+        config: Of the model that encodes them.
+
+    Raises:
+        RequestError: If they do not have the model's size.
+    """
+    number = config.tokens_per_tile
+    contents = cut(tiles, config, [None] * len(tiles))
+    return tuple(
+        Tile(place * number, (place + 1) * number, content)
+        for place, content in enumerate(contents)
     )
 
 

@@ -70,6 +70,9 @@ class Request:
             None for the example's own, or the one the model's configuration chooses.
         visual_budget: Which tiles are compressed, if the model has a router (InternVL3.5-Flash);
             None for the thresholds of its configuration.
+        thinking_budget: Most tokens of reasoning: then its end is put in the model's mouth, and the
+            answer goes on; None for no limit but that of the answer. An answer that does not reason
+            is as without.
         stream: Whether `Engine.step` reports every token, or only how answers ended.
     """
 
@@ -78,19 +81,38 @@ class Request:
     num_samples: int = 1
     increments: Increments | None = None
     visual_budget: VisualBudget | None = None
+    thinking_budget: int | None = None
     stream: bool = False
 
     def __post_init__(self) -> None:
         """Check what needs no model.
 
         Raises:
-            RequestError: If no answer is wanted, or the prompt is empty.
+            RequestError: If no answer is wanted, the prompt is empty, or the budget of reasoning
+                leaves no answer.
         """
         if self.num_samples < 1:
             raise RequestError(f"num_samples is {self.num_samples}; it must be at least 1")
         parts = self.prompt.input_ids if isinstance(self.prompt, Example) else self.prompt
         if len(parts) == 0:
             raise RequestError("the prompt is empty; an answer needs at least one token before it")
+        if self.thinking_budget is not None:
+            self._check_thinking(self.thinking_budget)
+
+    def _check_thinking(self, budget: int) -> None:
+        if budget < 0:
+            raise RequestError(f"thinking_budget is {budget}; it must be 0 or more")
+        if self.sampling.json_schema is not None:
+            raise RequestError(
+                "thinking_budget is given together with json_schema, but an answer in JSON does "
+                "not reason; leave one of them out"
+            )
+        if budget >= self.sampling.max_tokens:
+            raise RequestError(
+                f"thinking_budget is {budget}, but the whole answer has at most "
+                f"{self.sampling.max_tokens} tokens, which leaves none to say what it comes to; "
+                f"ask for more tokens, or for less thinking"
+            )
 
     @property
     def source(self) -> str:

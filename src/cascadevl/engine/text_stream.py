@@ -156,6 +156,11 @@ class Scanner:
         self._wanted = tuple(wanted)
         self._held = ""
 
+    @property
+    def held(self) -> str:
+        """What is not certain yet: it may be the beginning of a string."""
+        return self._held
+
     def push(self, text: str, *, search: bool = True) -> tuple[str, str | None]:
         """Take a piece.
 

@@ -18,7 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cascadevl.errors import CheckpointError
-from cascadevl.model.adapters import ADAPTER, adapter_parameters, fingerprint, inject
+from cascadevl.model.adapters import (
+    ADAPTER,
+    adapter_parameters,
+    fingerprint,
+    has_adapters,
+    inject,
+    sharing,
+)
 from cascadevl.model.config_files import read_json, write_json
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.tensor_files import new_folder
@@ -28,7 +35,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 OWN_FILE = "cascadevl_adapter.json"
 """Holds `SETTINGS` of the trained model, and the fingerprint of its base."""
 
-SETTINGS = ("increment", "trained_context")
+SETTINGS = ("increment", "trained_context", "process_prompt")
 """Keys of the model's configuration that training sets."""
 
 _PREFIX = "base_model.model."  # peft's files name weights as its wrapper does
@@ -108,6 +115,36 @@ def put_adapter(model: CascadeVLForConditionalGeneration, path: Path) -> None:
         if name in own:
             setattr(model.config, name, own[name])
     model.train(False)
+
+
+def with_adapter(
+    model: CascadeVLForConditionalGeneration, path: Path
+) -> CascadeVLForConditionalGeneration:
+    """A second model of the same weights, with the adapter in a folder; the first stays as it is.
+
+    So a judge that was trained as an adapter of the model that answers costs no second copy of it.
+
+    Args:
+        model: The base.
+        path: As for `put_adapter`.
+
+    Raises:
+        CheckpointError: As `put_adapter`, also if the base has an adapter of its own.
+    """
+    if has_adapters(model):
+        raise CheckpointError(
+            f"{path} cannot be put beside the adapter that the model has already; merge that one "
+            f"first: cascadevl merge ADAPTER --out DIR"
+        )
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    second = sharing(model)
+    assert isinstance(second, CascadeVLForConditionalGeneration), "a copy is of the same class"
+    try:
+        put_adapter(second, path)
+    finally:
+        for parameter, is_trained in trained.items():  # peft freezes what it finds
+            parameter.requires_grad_(is_trained)
+    return second
 
 
 def _check_kind(path: Path) -> None:

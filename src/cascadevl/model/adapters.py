@@ -73,6 +73,25 @@ def plain_name(name: str) -> str:
     return re.sub(r"\.base_layer(?=\.|$)", "", name)
 
 
+def sharing(model: nn.Module) -> nn.Module:
+    """A second model that is made of the first one's tensors, for an adapter of its own.
+
+    It takes no memory but for its modules. What changes a weight of one changes the other's; what
+    is put beside a weight (`inject`), and the configuration, belongs to one alone.
+
+    Args:
+        model: A model; its adapters, if it has some, are shared too.
+    """
+    tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=tensors)
+
+
+def adapts_only_language(model: nn.Module) -> bool:
+    """Whether a model's adapters leave its vision half as it is in the base."""
+    language = ("model.language_model.", "lm_head.")
+    return all(name.startswith(language) for name in adapter_parameters(model))
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Compute with the base weights alone inside, bit for bit as before adapters were put in.

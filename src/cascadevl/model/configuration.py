@@ -6,13 +6,14 @@ the extra keys as attributes and does not use them. Where they change what the m
 """
 
 # No `from __future__ import annotations`: `strict` reads the fields' types when a value is set.
-from typing import Any, no_type_check
+from typing import Any, get_args, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import InternVLConfig
 
 from cascadevl.errors import ConfigError
 from cascadevl.sequence import INCREMENTS
+from cascadevl.types import ProcessPrompt
 
 FLASH_OBSTACLE = "a router compresses tiles; transformers has none and keeps all visual tokens"
 """Why plain transformers would compute something else with a Flash checkpoint."""
@@ -37,6 +38,8 @@ class CascadeVLConfig(InternVLConfig):
         min_tiles: Fewest tiles of an image, the thumbnail not counted.
         max_tiles: Most tiles of an image, the thumbnail not counted.
         use_thumbnail: Add a small picture of the whole image where there are several tiles.
+        process_prompt: What a process reward model was trained to read around question and steps:
+            ``"released"``, VisualPRM's page, or ``"short"``; means nothing to other models.
         drop_path_rate: Probability to drop the last residual branch of the vision tower in
             training, rising linearly from 0 at the first layer.
         flash_mode: Whether there are a second projector, for compressed tiles, and a router that
@@ -62,6 +65,7 @@ class CascadeVLConfig(InternVLConfig):
     min_tiles: int = 1
     max_tiles: int = 12
     use_thumbnail: bool = True
+    process_prompt: str = "released"
     drop_path_rate: float | int = 0.0
     flash_mode: bool = False
     flash_absolute_threshold: float | int | None = None
@@ -85,6 +89,11 @@ class CascadeVLConfig(InternVLConfig):
             raise ConfigError(f"increment is {self.increment}; it must lie in (0, 1] or be 'auto'")
         if self.increment == "auto" and self.trained_context is None:
             raise ConfigError("increment 'auto' needs trained_context, the positions to fit into")
+        if self.process_prompt not in get_args(ProcessPrompt):
+            raise ConfigError(
+                f"process_prompt is {self.process_prompt!r}; use "
+                f"{' or '.join(get_args(ProcessPrompt))}"
+            )
         if not 0 <= self.drop_path_rate < 1:
             raise ConfigError(f"drop_path_rate is {self.drop_path_rate}; it must lie in [0, 1)")
         if self.vision_feature_layer != -1 or self.vision_feature_select_strategy != "default":

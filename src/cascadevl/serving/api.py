@@ -15,9 +15,12 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
+from cascadevl.engine.best_of_n import Candidate
 from cascadevl.engine.requests import Completion
+from cascadevl.engine.requests import Request as EngineRequest
 from cascadevl.errors import CascadeVLError
 from cascadevl.serving.admission import Admission, ApiConfig, InHand
+from cascadevl.serving.best_of import draw_candidates
 from cascadevl.serving.engine_thread import Answers, Output
 from cascadevl.serving.http_errors import (
     CLIENT_GONE,
@@ -32,6 +35,7 @@ from cascadevl.serving.openai_answers import (
     ChatStream,
     Head,
     Words,
+    best_completion,
     chat_completion,
     sum_of,
     usage_of,
@@ -72,6 +76,7 @@ class Api:
         self.is_draining = False
         self._words = Words(asker.processor)
         self._preparing = ThreadPoolExecutor(config.num_preparing, thread_name_prefix="prepare")
+        self._judging = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
     @property
     def unready(self) -> Refusal | None:
@@ -103,7 +108,9 @@ class Api:
         head = self._head("chatcmpl")
 
         async def whole(body: ChatRequest, asked: Asked) -> BaseModel:
-            answers = await self._answers(asked)
+            if asked.choice is not None:
+                return best_completion(asked, await self._candidates(asked), head, self._words)
+            answers = await self._answers(asked.request)
             return chat_completion(asked, answers, head, self._words)
 
         async def events(body: ChatRequest, asked: Asked) -> AsyncGenerator[bytes, None]:
@@ -123,7 +130,7 @@ class Api:
         head = self._head("cmpl")
 
         async def whole(body: CompletionRequest, asked: list[Asked]) -> BaseModel:
-            found = await together([self._answers(each) for each in asked])
+            found = await together([self._answers(each.request) for each in asked])
             usage = sum_of([usage_of([each.usage for each in answers]) for answers in found])
             shown = body.logprobs is not None
             chosen = [
@@ -227,10 +234,22 @@ class Api:
             await fetch_pictures(body, self._fetcher, room)
         return body, await loop.run_in_executor(self._preparing, ask, body)
 
-    async def _answers(self, asked: Asked) -> list[Completion]:
+    async def _candidates(self, asked: Asked) -> list[Candidate]:
+        """Answers of which the best are given."""
+        assert asked.choice is not None, "somebody wishes the best"
+        return await draw_candidates(
+            asked.request,
+            asked.messages,
+            asked.choice,
+            self.asker.critics,
+            draw=self._answers,
+            judging=self._judging,
+        )
+
+    async def _answers(self, request: EngineRequest) -> list[Completion]:
         """All answers, in order."""
         answers: list[Completion] = []
-        async with aclosing(self.answers.ask(asked.request)) as outputs:
+        async with aclosing(self.answers.ask(request)) as outputs:
             async for output in outputs:
                 if isinstance(output, Completion):
                     self.metrics.answered(output.usage, is_first=not answers)

@@ -217,6 +217,7 @@ class LanguageServer(Member):
                 num_samples=ask.num_samples,
                 increments=ask.increments,
                 stream=ask.stream,
+                thinking_budget=ask.thinking_budget,
             )
             async with aclosing(self._engine.ask(request)) as outputs:
                 async for output in outputs:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.engine.best_of_n import Candidate, ranked
 from cascadevl.engine.requests import Completion, TokenLogprobs, TokenOutput
 from cascadevl.engine.requests import Usage as EngineUsage
 from cascadevl.engine.text_stream import token_bytes
@@ -32,6 +33,7 @@ from cascadevl.serving.openai_replies import (
     FinishReason,
     FunctionCall,
     PromptDetails,
+    StepScore,
     TextLogprobs,
     TokenLogprob,
     ToolCall,
@@ -166,12 +168,45 @@ def chat_completion(
         object="chat.completion",
         created=head.created,
         model=head.model,
-        choices=[_chat_choice(asked, answer, words) for answer in answers],
+        choices=[_chat_choice(asked, answer, words, answer.sample) for answer in answers],
         usage=usage_of([answer.usage for answer in answers]),
     )
 
 
-def _chat_choice(asked: Asked, answer: Completion, words: Words) -> ChatChoice:
+def best_completion(
+    asked: Asked, candidates: Sequence[Candidate], head: Head, words: Words
+) -> ChatCompletion:
+    """The reply to a conversation whose best answers were wished, with what speaks for each.
+
+    Args:
+        asked: What was asked.
+        candidates: All answers that were drawn.
+        head: Of the reply.
+        words: Shows tokens.
+    """
+    choices = []
+    for index, place in enumerate(ranked(candidates)[: asked.num_best]):
+        candidate = candidates[place]
+        choice = _chat_choice(asked, candidate.completion, words, index)
+        choice.score = candidate.score
+        if candidate.steps:
+            choice.step_scores = [
+                StepScore(text=text, score=score)
+                for text, score in zip(candidate.steps, candidate.step_scores, strict=True)
+            ]
+        choices.append(choice)
+    return ChatCompletion(
+        id=head.id,
+        object="chat.completion",
+        created=head.created,
+        model=head.model,
+        choices=choices,
+        usage=usage_of([each.completion.usage for each in candidates]),
+        num_drawn=len(candidates),
+    )
+
+
+def _chat_choice(asked: Asked, answer: Completion, words: Words, index: int) -> ChatChoice:
     parts = parts_of(asked)
     whole = joined([*parts.push(answer.text), *parts.flush()])
     fields: dict[str, Any] = {}
@@ -192,7 +227,7 @@ def _chat_choice(asked: Asked, answer: Completion, words: Words) -> ChatChoice:
     if answer.logprobs is not None:
         logprobs = words.chat(answer.token_ids, answer.logprobs)
     return ChatChoice(
-        index=answer.sample,
+        index=index,
         message=ChatAnswer(role="assistant", content=content, **fields),
         logprobs=logprobs,
         finish_reason=_finish(answer, bool(whole.calls)),

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
+from cascadevl.data.chat import to_messages
 from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.engine.best_of_n import BestOfConfig
+from cascadevl.engine.critics import Critics
 from cascadevl.engine.requests import Request, TextIds
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import DataError, RequestError
@@ -24,21 +26,19 @@ from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.model.routing import KeepShare, VisualBudget, parse_budget
 from cascadevl.sequence import INCREMENTS
 from cascadevl.serving.answer_parts import CALL_END
+from cascadevl.serving.best_of import choice_of
 from cascadevl.serving.limits import Limits, check_pictures, check_text, check_tokens
+from cascadevl.serving.openai_forms import answer_schema, must_call, tool_shown
 from cascadevl.serving.openai_schema import (
     Asking,
     AssistantMessage,
     ChatRequest,
     CompletionRequest,
     ImagePart,
-    JsonObjectFormat,
-    JsonSchemaFormat,
-    NamedTool,
     TextPart,
-    Tool,
     VideoPart,
 )
-from cascadevl.types import Example
+from cascadevl.types import Example, Message
 
 _Turn: TypeAlias = dict[str, object]
 
@@ -55,7 +55,10 @@ class Asked:
         begins_thinking: The prompt has opened the reasoning.
         calls: Tools may be called.
         is_call: An answer is one call, in JSON.
-        num_best: Of all answers, how many are given: the most probable ones.
+        num_best: Of all answers, how many are given: the most probable ones of continuations, or
+            the best by ``choice``.
+        choice: How the best answers to a conversation are found.
+        messages: The conversation, for who judges answers to it.
     """
 
     request: Request
@@ -63,6 +66,8 @@ class Asked:
     calls: bool = False
     is_call: bool = False
     num_best: int | None = None
+    choice: BestOfConfig | None = None
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,6 +81,7 @@ class Asker:
         visual_budget: Which tiles are compressed where a request does not say; the model's own
             thresholds if None.
         limits: Most that a request may bring and ask.
+        critics: What the best answers can be chosen by.
     """
 
     processor: CascadeVLProcessor
@@ -83,6 +89,7 @@ class Asker:
     max_tokens: int = 1024
     visual_budget: VisualBudget | None = None
     limits: Limits = field(default_factory=Limits)
+    critics: Critics = field(default_factory=Critics)
 
     def chat(self, body: ChatRequest) -> Asked:
         """What a conversation asks.
@@ -92,14 +99,12 @@ class Asker:
 
         Raises:
             RequestError: If wishes exclude each other or cannot be fulfilled.
+            ConfigError: The same, of wishes about the best of several answers.
             DataError: If a message or picture cannot be used.
         """
-        if body.best_of is not None:
-            raise RequestError(
-                "best_of is not possible in a chat yet: it needs a critic that reads the steps of "
-                "an answer; ask for n answers and choose yourself"
-            )
-        schema = _answer_schema(body)
+        choice = choice_of(body, self.critics)
+        _check_thinking(body)
+        schema = answer_schema(body)
         if schema is not None and body.thinking:
             raise RequestError(
                 "an answer that must be JSON cannot reason first; leave out thinking, or "
@@ -107,12 +112,12 @@ class Asker:
             )
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs is given, but logprobs is not true; set it")
-        example = self._example(body)
+        messages, example = self._read(body)
         max_tokens = body.max_completion_tokens or body.max_tokens
         if max_tokens is None:
             max_tokens = self._room(example, body.increment)
         num_prompt = _num_text(example) + example.num_tiles * self.config.tokens_per_tile
-        check_tokens(num_prompt, body.n or 1, max_tokens, self.limits)
+        check_tokens(num_prompt, body.best_of or body.n or 1, max_tokens, self.limits)
         num_top = (body.top_logprobs or 0) if body.logprobs else None
         calls = bool(body.tools) and body.tool_choice in (None, "auto") and schema is None
         # Where only one call is wanted, the answer ends with the first.
@@ -124,14 +129,18 @@ class Asker:
             num_samples=body.n or 1,
             increments=body.increment,
             visual_budget=self._budget(body.visual_budget),
+            thinking_budget=body.thinking_budget,
             stream=bool(body.stream),
         )
-        is_call = bool(body.tools) and _must_call(body)
+        is_call = bool(body.tools) and must_call(body)
         return Asked(
             request=request,
             begins_thinking=bool(body.thinking),
             calls=calls,
             is_call=is_call,
+            num_best=None if choice is None else body.n or 1,
+            choice=choice,
+            messages=() if choice is None else messages,
         )
 
     def completions(self, body: CompletionRequest) -> list[Asked]:
@@ -173,16 +182,18 @@ class Asker:
             return self.visual_budget
         return parse_budget(asked) if isinstance(asked, str) else KeepShare(asked)
 
-    def _example(self, body: ChatRequest) -> Example:
+    def _read(self, body: ChatRequest) -> tuple[tuple[Message, ...], Example]:
+        """The conversation, and what a model is asked."""
         with TemporaryDirectory(prefix="cascadevl-") as folder:
             try:
-                turns = _turns(body, Path(folder))
-                check_pictures(turns, self.processor.builder.config, self.limits)
-                return self.processor.prompt(
+                asked = _turns(body, Path(folder))
+                check_pictures(asked, self.processor.builder.config, self.limits)
+                turns = to_messages(asked, calls=bool(body.tools))
+                return turns, self.processor.prompt(
                     turns,
                     thinking=body.thinking,
                     force_thinking=body.thinking is not None,
-                    tools=[_function(tool) for tool in body.tools or ()] or None,
+                    tools=[tool_shown(tool) for tool in body.tools or ()] or None,
                 )
             except DataError as error:  # where a video stood for a moment is nobody's business
                 problem = error.problem.replace(f"{folder}/", "")
@@ -224,6 +235,14 @@ class Asker:
 def _num_text(example: Example) -> int:
     """Tokens of a prompt without those of its pictures."""
     return len(example.input_ids) - len(example.tiles_per_image)
+
+
+def _check_thinking(body: ChatRequest) -> None:
+    if body.thinking is False and body.thinking_budget is not None:
+        raise RequestError(
+            "thinking_budget is given, but thinking is false, which leaves nothing to budget; "
+            "leave out one of them"
+        )
 
 
 def _sampling(
@@ -306,89 +325,3 @@ def _content_of(url: str, kind: str, place: str) -> bytes:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"a data URL of {place} is not base64 ({error})") from error
-
-
-def _function(tool: Tool) -> dict[str, object]:
-    """A tool as prompts show it, without what was not given."""
-    given = tool.function
-    function: dict[str, object] = {"name": given.name}
-    if given.description is not None:
-        function["description"] = given.description
-    if given.parameters is not None:
-        function["parameters"] = given.parameters
-    return {"type": "function", "function": function}
-
-
-def _must_call(body: ChatRequest) -> bool:
-    return isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required"
-
-
-def _answer_schema(body: ChatRequest) -> str | None:
-    """The JSON schema that an answer must follow, if any."""
-    format_ = body.response_format
-    wanted: dict[str, Any] | None = None
-    if isinstance(format_, JsonObjectFormat):
-        wanted = {"type": "object"}
-    elif isinstance(format_, JsonSchemaFormat):
-        wanted = format_.json_schema.schema_
-    if not _must_call(body):
-        if body.tool_choice == "auto" and not body.tools:
-            raise RequestError("tool_choice is given, but no tools are; name them in tools")
-        return None if wanted is None else json.dumps(wanted)
-    if wanted is not None:
-        raise RequestError("tool_choice asks for a call and response_format for JSON; choose one")
-    return json.dumps(_call_schema(_wanted_tools(body)))
-
-
-def _wanted_tools(body: ChatRequest) -> list[Tool]:
-    tools = body.tools or []
-    if isinstance(body.tool_choice, NamedTool):
-        name = body.tool_choice.function.name
-        tools = [tool for tool in tools if tool.function.name == name]
-        if not tools:
-            raise RequestError(f"tool_choice names {name!r}, which is none of the tools")
-    if not tools:
-        raise RequestError("tool_choice asks for a call, but no tools are given")
-    return tools
-
-
-@dataclass(slots=True)
-class _Definitions:
-    """Definitions of the schemas of several tools, which stand at the root together."""
-
-    found: dict[str, Any] = field(default_factory=dict)
-
-    def take(self, tool: Tool) -> Any:
-        """Parameters of a tool without their definitions, which are kept."""
-        parameters = dict(tool.function.parameters or {"type": "object"})
-        for key in ("$defs", "definitions"):
-            mine = parameters.pop(key, None)
-            if not isinstance(mine, dict):
-                continue
-            ours = self.found.setdefault(key, {})
-            assert isinstance(ours, dict)
-            for name, schema in mine.items():
-                if ours.setdefault(name, schema) != schema:
-                    raise RequestError(
-                        f"two tools define {name!r} differently, and a call may be of either; "
-                        f"rename one, or name the tool in tool_choice"
-                    )
-        return parameters
-
-
-def _call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
-    """The schema of a call of one of the tools."""
-    definitions = _Definitions()
-    calls: list[Any] = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": definitions.take(tool),
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    return {"anyOf": calls, **definitions.found}

@@ -79,17 +79,36 @@ class ChatAnswer(BaseModel):
     tool_calls: list[ToolCall] | None = None
 
 
+class StepScore(BaseModel):
+    """A step of an answer, and how likely all is right up to it."""
+
+    text: str
+    score: float
+
+
 class ChatChoice(BaseModel):
-    """One of the answers."""
+    """One of the answers.
+
+    Attributes:
+        score: With ``best_of``, what speaks for it: the reward model's score, or its share of the
+            votes. The best one comes first.
+        step_scores: With a process reward model, each of its steps.
+    """
 
     index: int
     message: ChatAnswer
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    score: float | None = None
+    step_scores: list[StepScore] | None = None
 
 
 class ChatCompletion(BaseModel):
-    """The reply of ``/v1/chat/completions``."""
+    """The reply of ``/v1/chat/completions``.
+
+    Attributes:
+        num_drawn: With ``best_of``, answers that were drawn; ``usage`` counts all of them.
+    """
 
     id: str
     object: Literal["chat.completion"]
@@ -97,6 +116,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    num_drawn: int | None = None
 
 
 class ChatDelta(BaseModel):

@@ -217,6 +217,14 @@ class ChatRequest(Asking):
     Attributes:
         thinking: Whether to reason first; the answer is begun so that this is certain. Left out,
             the model does as it was taught.
+        thinking_budget: Most tokens of reasoning; then its end is put in the model's mouth, and the
+            answer goes on.
+        select: With ``best_of``, by what answers are chosen: the steps of each as the server's
+            reward model judges them (``prm``), the whole of each (``outcome``), or what most of
+            them say (``vote``). Left out, the reward model if there is one.
+        round_size: With ``best_of``, answers drawn before it is asked whether more are needed; a
+            vote ends when its leader cannot be overtaken.
+        stop_score: With ``round_size``, an answer of this score ends the drawing.
         increment: Position step of visual tokens (V2PE); left out, the model's own rule.
         visual_budget: Which tiles a Flash model keeps full: ``full``, ``compressed``, a share
             (0.5 or ``50%``), ``threshold=P`` or ``threshold=P,quantile=Q``; left out, the server's
@@ -232,6 +240,10 @@ class ChatRequest(Asking):
     parallel_tool_calls: bool | None = None
     response_format: _Format | None = None
     thinking: bool | None = None
+    thinking_budget: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    select: Literal["prm", "outcome", "vote"] | None = None
+    round_size: _Samples | None = None
+    stop_score: Annotated[float, Field(ge=0, le=1)] | None = None
     increment: Annotated[float, Field(gt=0, le=1)] | None = None
     visual_budget: Annotated[float, Field(ge=0, le=1)] | str | None = None
 

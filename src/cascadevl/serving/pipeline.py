@@ -183,6 +183,7 @@ class Pipeline:
             num_samples=request.num_samples,
             increments=contents.increments,
             stream=request.stream,
+            thinking_budget=request.thinking_budget,
         )
         await self._link.send(ask, contents.ids.data.cast("B"), to=server.id)
 

@@ -76,6 +76,7 @@ class Ask(_Message, frozen=True):
     num_samples: int
     increments: tuple[float, ...] | float | None
     stream: bool
+    thinking_budget: int | None = None
 
 
 class Accepted(_Message, frozen=True):

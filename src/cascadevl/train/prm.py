@@ -48,7 +48,7 @@ from cascadevl.train.run import (
     take_up,
 )
 from cascadevl.train.sources import collate_config, example_builder, sources_of_meta, stream_of
-from cascadevl.types import Batch
+from cascadevl.types import Batch, ProcessPrompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,10 +59,14 @@ class PRMSection:
         form: Over which tokens the probability of a label is taken: the whole ``vocabulary``, or
             the ``two_tokens`` that scores compare.
         minus_weight: How much more than a right step a wrong one counts.
+        prompt: What stands around question and steps: the page that is ``released``, or a ``short``
+            line, for models to which a page says nothing. It is written into the checkpoint, and
+            scores are taken with it.
     """
 
     form: LossForm = "vocabulary"  # VisualPRM, trained as in SFT
     minus_weight: float = 1.0  # VisualPRM
+    prompt: ProcessPrompt = "released"  # VisualPRM
 
     def __post_init__(self) -> None:
         """Refuse a weight with which wrong steps would not be learned."""
@@ -130,6 +134,7 @@ def prm(
             "--model DIR (model.path)"
         )
     model, processor = start_from(config.model)
+    model.config.process_prompt = config.prm.prompt
     make_trainable(model, config.model, accelerator, lora=config.lora, seed=config.run.seed)
 
     # The data: solutions as conversations, of which the labels alone are targets.
@@ -174,7 +179,7 @@ def open_steps(
     builder = example_builder(
         config.data, processor, config.run.seed, max_positions=dynamic_limit(model)
     )
-    build = StepBuilder(builder)
+    build = StepBuilder(builder, config.prm.prompt)
     collate = collate_config(config.batch, processor, model)
     mixture = mixed(sources, builder, config, accelerator)
     with stream_of(mixture, build, collate, config, accelerator) as stream:

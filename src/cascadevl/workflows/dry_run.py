@@ -93,7 +93,9 @@ def first_samples(config: TrainConfig, count: int) -> Iterator[SeenSample | Data
         return
     sources = mixed(sources_of_meta(config.data.meta), builder, config)
     mixture = Mixture(sources, config.run.seed)
-    build: Builder = StepBuilder(builder) if isinstance(config, PRMConfig) else builder
+    build: Builder = builder
+    if isinstance(config, PRMConfig):
+        build = StepBuilder(builder, config.prm.prompt)
     found = 0
     for draw in islice(mixture.draws(), MAX_DRAWS):
         try:
