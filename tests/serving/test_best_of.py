@@ -19,6 +19,7 @@ from cascadevl.engine.engine import Engine
 from cascadevl.engine.process_reward import SolutionScore
 from cascadevl.engine.requests import Completion, Request
 from cascadevl.engine.sampling import SamplingParams
+from cascadevl.serving.limits import Limits
 from cascadevl.types import Message
 
 MODEL, PROCESSOR = small_pair()
@@ -167,6 +168,14 @@ def test_wishes_that_exclude_each_other_are_refused(
     extra = {name: value for name, value in wishes.items() if name not in own}
     with pytest.raises(openai.BadRequestError, match=problem):
         plain.client.chat.completions.create(messages=TEXT, extra_body=extra, **WARM | own)
+
+
+def test_all_that_is_drawn_counts_for_the_limit_of_a_request() -> None:
+    with serving(MODEL, PROCESSOR, limits=Limits(max_answer_tokens=35)) as server:
+        create = server.client.chat.completions.create
+        create(messages=TEXT, extra_body={"best_of": 3}, **WARM)
+        with pytest.raises(openai.BadRequestError, match="40"):
+            create(messages=TEXT, extra_body={"best_of": 4}, **WARM)
 
 
 def test_a_reward_model_is_not_shown_a_video(served: Served) -> None:

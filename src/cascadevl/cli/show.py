@@ -1,4 +1,4 @@
-"""``cascadevl show FILE``: what becomes of a picture before the model sees it."""
+"""``cascadevl show FILE``: what becomes of a picture, or how the steps of solutions were judged."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ def add_parser(subparsers: Subparsers) -> None:
     """Describe the command."""
     parser = subparsers.add_parser(
         "show",
-        help="draw the tiles, tokens and positions of a picture, and what a router makes of them",
+        help="draw the tiles, tokens and positions of a picture, what a router makes of them, or "
+        "judged steps",
         description="Draw a picture with its grid, its tiles and thumbnail in the order the "
         "model sees them, and each tile's tokens and positions, as a PNG. No model is needed. "
         "With --router, tiles are painted with a Flash model's probability that they lose nothing "
-        "when compressed, and those that it compresses are marked.",
+        "when compressed, and those that it compresses are marked. With --steps, make a page of "
+        "solutions instead, on which every step has the colour of its score.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the picture")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="the picture, or JSONL with --steps"
+    )
     parser.add_argument(
         "--max-tiles", type=positive_int, help=f"(default: {MAX_TILES}, or the model's)"
     )
@@ -51,12 +55,40 @@ def add_parser(subparsers: Subparsers) -> None:
         help="with --router: tiles that stay full: full, compressed, a share (0.5 or 50%%), or "
         "threshold=P[,quantile=Q] (default: the model's thresholds)",
     )
-    parser.add_argument("--out", type=Path, help="the PNG to write (default: FILE.tiles.png)")
+    parser.add_argument(
+        "--steps",
+        action="store_true",
+        help="FILE holds judged solutions, of `generate --reward-model` or `data process`",
+    )
+    parser.add_argument(
+        "--questions", type=Path, metavar="Q.jsonl", help="with --steps: what was answered"
+    )
+    parser.add_argument(
+        "--max-solutions", type=positive_int, default=50, metavar="N", help="with --steps (50)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the file to write (default: FILE.tiles.png, FILE.steps.html)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw, and print the same facts in words."""
+    """Draw, and say what was drawn."""
+    return _show_steps(args) if args.steps else _show_tiles(args)
+
+
+def _show_steps(args: argparse.Namespace) -> int:
+    from cascadevl.workflows.step_view import read_solutions, write_page
+
+    out: Path = args.out or args.file.with_name(f"{args.file.stem}.steps.html")
+    solutions = read_solutions(args.file, questions=args.questions)
+    number = write_page(solutions, out, title=args.file.stem, max_solutions=args.max_solutions)
+    print(f"{number} solutions with their steps")
+    print(f"wrote {out}")
+    return 0
+
+
+def _show_tiles(args: argparse.Namespace) -> int:
     from cascadevl.workflows.show_drawing import draw
 
     layout = _plain(args) if args.router is None else _routed(args)
