@@ -24,6 +24,7 @@ import numpy as np
 from cascadevl.tasks import (
     TASKS,
     charts,
+    existence,
     handwriting,
     letters,
     printed,
@@ -42,6 +43,7 @@ FIELDS = 4
 
 DIFFICULTIES = {
     "charts": tuple(charts.LEVELS),
+    "existence": existence.NEGATIVES,
     "grounding": tuple(shapes.LEVELS),
     "handwriting": tuple(handwriting.LEVELS),
     "letters": tuple(letters.LEVELS),
@@ -58,7 +60,7 @@ def setups() -> dict[str, Task]:
         "needle": TASKS["needle"](num_pictures=(3, 3), num_questions=3, num_phrasings=2),
     }
     for family, difficulties in DIFFICULTIES.items():
-        wordings = {} if family == "grounding" else {"num_phrasings": 2}
+        wordings = {} if family in ("existence", "grounding") else {"num_phrasings": 2}
         for difficulty in difficulties:
             tasks[f"{family}/{difficulty}"] = TASKS[family](
                 px=PICTURE_PX, difficulty=difficulty, num_questions=20, **wordings

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from cascadevl.tasks.base import Task
 from cascadevl.tasks.charts import Charts
 from cascadevl.tasks.easy_vqa import EasyVQA
+from cascadevl.tasks.existence import Existence
 from cascadevl.tasks.grounding import Grounding
 from cascadevl.tasks.handwriting import Handwriting
 from cascadevl.tasks.letters import Letters
@@ -18,6 +19,7 @@ from cascadevl.tasks.text import Text
 TASKS: dict[str, Callable[..., Task]] = {
     "charts": Charts,
     "easy_vqa": EasyVQA,
+    "existence": Existence,
     "grounding": Grounding,
     "handwriting": Handwriting,
     "letters": Letters,

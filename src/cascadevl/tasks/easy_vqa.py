@@ -53,19 +53,28 @@ class EasyVQA:
 
     def draw(self, split: Split, seed: int, index: int) -> Scene:
         """Draw one picture; the first so many indices visit every picture of the split once."""
-        pictures = load_pictures(split)
-        lap, place = divmod(index, len(pictures))
-        picture = pictures[_order(len(pictures), seed, lap)[place]]
+        picture = picture_at(split, seed, index)
         generator = scene_generator(self.name, split, seed, index)
         chosen = generator.permutation(len(picture.asked))[: self.num_questions]
-        with PIL.Image.open(picture.path) as file:
-            image = file.convert("RGB").resize((self.px, self.px), PIL.Image.Resampling.BICUBIC)
         return Scene(
             scene_id=f"{self.name}/{self.px}px/{split}/{picture.path.stem}/{seed}:{index}",
-            images=(image,),
+            images=(enlarged(picture, self.px),),
             questions=tuple(_question(*picture.asked[int(number)]) for number in chosen),
             description=describe(picture),
         )
+
+
+def picture_at(split: Split, seed: int, index: int) -> Picture:
+    """The picture of that split, seed and index; the first so many visit each picture once."""
+    pictures = load_pictures(split)
+    lap, place = divmod(index, len(pictures))
+    return pictures[_order(len(pictures), seed, lap)[place]]
+
+
+def enlarged(picture: Picture, px: int) -> PIL.Image.Image:
+    """A picture with sides of so many pixels."""
+    with PIL.Image.open(picture.path) as file:
+        return file.convert("RGB").resize((px, px), PIL.Image.Resampling.BICUBIC)
 
 
 @lru_cache(maxsize=8)
@@ -103,6 +112,12 @@ def _kind(answer: str) -> str:
 
 def describe(picture: Picture) -> str:
     """What the questions and answers of a picture say about its one shape."""
+    colour, shape = attributes(picture)
+    return f"One {colour} {shape or 'shape'}.".replace("  ", " ")
+
+
+def attributes(picture: Picture) -> tuple[str, str]:
+    """Colour and shape of a picture, as far as its questions tell; empty where they do not."""
     facts: set[str] = set()
     for prompt, answer in picture.asked:
         words = set(re.findall(r"[a-z]+", prompt))
@@ -113,5 +128,5 @@ def describe(picture: Picture) -> str:
         else:
             facts |= words | {answer}
     colour = next((name for name in COLOURS if name in facts), "")
-    shape = next((name for name in SHAPES if name in facts), "shape")
-    return f"One {colour} {shape}.".replace("  ", " ")
+    shape = next((name for name in SHAPES if name in facts), "")
+    return colour, shape

@@ -202,6 +202,17 @@ def draw_things(generator: np.random.Generator, level: Level) -> list[Thing]:
     # Few colours and shapes a picture: otherwise nearly every count by colour would be 1.
     colours = _some(generator, tuple(COLOURS)[: level.num_colours])
     shapes = _some(generator, SHAPES[: level.num_shapes])
+    return place_things(generator, level, cells, colours, shapes)
+
+
+def place_things(
+    generator: np.random.Generator,
+    level: Level,
+    cells: Sequence[int],
+    colours: Sequence[str],
+    shapes: Sequence[str],
+) -> list[Thing]:
+    """An object in each cell, of these colours and shapes."""
     things = []
     for cell in cells:
         size, width = pick(generator, level.sizes)
