@@ -165,6 +165,28 @@ def test_a_compression_is_drawn_one_an_image_whatever_the_increments(
     assert plain(shown).tokens_per_tile == ()
 
 
+def test_in_one_form_only_the_compression_differs_between_epochs(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    config = ExampleConfig(
+        tiling=TilingConfig(tile_px=28), increment="random", jpeg=True, compress=0.5, one_form=True
+    )
+    builder = ExampleBuilder(tokenizer, config, 4, compressed_tokens=1)
+    free = ExampleBuilder(tokenizer, replace(config, one_form=False), 4, compressed_tokens=1)
+    shown = record(user(ImageRef(picture(60, 28)), "12?"), answer("3"))
+    drawn = [builder(shown, epoch=epoch) for epoch in range(20)]
+    first = drawn[0]
+    for epoch, each in enumerate(drawn):
+        assert np.array_equal(each.tiles, first.tiles)
+        assert each.increments == first.increments
+        # the compression is that of the epoch, as where everything is drawn anew
+        assert each.tokens_per_tile == free(shown, epoch=epoch).tokens_per_tile
+    assert len({each.tokens_per_tile for each in drawn}) == 2
+    others = [free(shown, epoch=epoch) for epoch in range(20)]
+    assert len({each.increments for each in others}) > 1
+    assert any(not np.array_equal(each.tiles, first.tiles) for each in others)
+
+
 def test_a_sample_that_is_compressed_must_fit_uncompressed_too(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:

@@ -59,6 +59,8 @@ class ExampleConfig:
             training; False gives each of them all, as released -HF processors do.
         compress: Probability that all tiles of an image, or all frames of a video, are compressed
             (ViCO, InternVL3.5 report: 0.5 each for 1/4 and 1/16 of the patch features).
+        one_form: Draw everything but the compression as in the first epoch, so that what another
+            model thought of a record once holds in every epoch.
     """
 
     template: str = "internvl2_5"
@@ -73,6 +75,7 @@ class ExampleConfig:
     max_frames: int = 32
     share_tiles: bool = True
     compress: float = 0.0
+    one_form: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -234,11 +237,12 @@ class ExampleBuilder:
 
     def _build(self, record: Record, epoch: int) -> Example:
         conversations = [[*record.messages, *branch] for branch in record.branches]
+        draw = Draw(self.config.seed, (record.dataset, record.record_id, epoch))
         pictures = self._pictures(
             conversations or [record.messages],
             record.max_tiles,
             record.source,
-            Draw(self.config.seed, (record.dataset, record.record_id, epoch)),
+            draw.in_epoch(0) if self.config.one_form else draw,
             augment=record.augment or self.config.jpeg,
         )
         shared = self._shown(record.messages, pictures)
@@ -250,7 +254,8 @@ class ExampleBuilder:
             segments, parents = segments[1:], (NO_PARENT,) * len(branches)
         else:
             parents = (NO_PARENT, *(0 for _ in branches))
-        return self._example(segments, parents, pictures, record_id=record.record_id)
+        example = self._example(segments, parents, pictures, record_id=record.record_id)
+        return replace(example, tokens_per_tile=self._counts(pictures, draw))
 
     def _pictures(
         self,
@@ -340,14 +345,13 @@ class ExampleBuilder:
             increments=pictures.increments(self.config.increment),
         )
         self._check_length(example)
-        return replace(example, tokens_per_tile=self._counts(pictures))
+        return example
 
-    def _counts(self, pictures: Pictures) -> tuple[int, ...]:
-        """Visual tokens of each tile, where a compression was drawn."""
-        if self.compressed_tokens is None or not (
-            drawn := pictures.compressed(self.config.compress)
-        ):
+    def _counts(self, pictures: Pictures, draw: Draw) -> tuple[int, ...]:
+        """Visual tokens of each tile, where a compression is drawn."""
+        if self.compressed_tokens is None or not self.config.compress:
             return ()
+        drawn = pictures.compressed(self.config.compress, draw)
         sizes = (self.tokens_per_tile, self.compressed_tokens)
         return tuple(
             sizes[compressed]

@@ -52,6 +52,14 @@ class Draw:
         """
         return generator_for(self.seed, *self.names, *purpose)
 
+    def in_epoch(self, epoch: int) -> Draw:
+        """The draws of the same record in another epoch.
+
+        Args:
+            epoch: How often its data set was seen before.
+        """
+        return replace(self, names=(*self.names[:-1], epoch))
+
 
 @dataclass(slots=True)
 class Pictures:
@@ -141,19 +149,18 @@ class Pictures:
         drawn = self.draw.generator("increment").choice(INCREMENTS, size=num_owners)
         return tuple(float(drawn[owner]) for owner in self.owners)
 
-    def compressed(self, probability: float) -> tuple[bool, ...]:
+    def compressed(self, probability: float, draw: Draw) -> tuple[bool, ...]:
         """Which pictures have all their tiles compressed (ViCO, InternVL3.5 report).
 
         As with increments, the frames of a video share what is drawn.
 
         Args:
             probability: Of each picture to be compressed.
+            draw: Whose draw it is; that of the epoch, also where the pictures are of another.
 
         Returns:
-            One an entry of ``tiles``; none where nothing is drawn.
+            One an entry of ``tiles``.
         """
-        if self.draw is None or not probability:
-            return ()
         num_owners = max(self.owners, default=-1) + 1
-        drawn = self.draw.generator("compression").random(num_owners) < probability
+        drawn = draw.generator("compression").random(num_owners) < probability
         return tuple(bool(drawn[owner]) for owner in self.owners)
