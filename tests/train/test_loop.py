@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +100,20 @@ def test_update_divides_by_the_weight_of_the_whole_step_and_adds_shares_up() -> 
     assert state.metrics["largest"] == pytest.approx((3 + 10) / 2)
     assert state.metrics["grad_norm"] == pytest.approx(4.0)
     assert state.counters == {"tokens": 10, "tiles": 4, "samples": 2}
+
+
+def test_what_is_recorded_is_made_of_the_sums_of_the_whole_step() -> None:
+    state = make_state()
+    seen: list[dict[str, float]] = []
+
+    def doubled(sums: Mapping[str, float]) -> dict[str, float]:
+        seen.append(dict(sums))
+        return {f"twice_{name}": 2 * value for name, value in sums.items()}
+
+    update(state, [points(1.0), points(-10.0)], replace(OBJECTIVE, recorded=doubled))
+    assert seen == [{"largest": pytest.approx(5.5)}]
+    assert state.metrics.keys() == {"loss", "grad_norm", "twice_largest"}
+    assert state.metrics["twice_largest"] == pytest.approx(11.0)
 
 
 class Steps:

@@ -212,7 +212,7 @@ def update(
     state.metrics = {
         "loss": loss,
         "grad_norm": norm_value,
-        **dict(zip(metrics, sums, strict=False)),
+        **objective.recorded(dict(zip(metrics, sums, strict=False))),
     }
 
 

@@ -57,6 +57,11 @@ class Terms:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def as_they_are(sums: Mapping[str, float]) -> dict[str, float]:
+    """The values of a step as they were added up."""
+    return dict(sums)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective(Generic[BatchT]):
     """A loss and its normaliser.
@@ -65,10 +70,14 @@ class Objective(Generic[BatchT]):
         weigh: What a batch weighs in the step: the sum of its target weights, its number of
             pairs. Called on the host, before the batch moves to the device.
         loss: The batch's share, given the model, the batch and the weight of the whole step.
+        recorded: From the other values of a step, each added up over all its batches and
+            processes, to those worth recording: the place for means whose number is not the
+            weight of the step.
     """
 
     weigh: Callable[[BatchT], float]
     loss: Callable[[nn.Module, BatchT, float], Terms]
+    recorded: Callable[[Mapping[str, float]], Mapping[str, float]] = as_they_are
 
 
 @runtime_checkable
