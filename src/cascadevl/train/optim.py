@@ -27,7 +27,12 @@ _BETWEEN = ("multi_modal_projector.", "compressed_projector.", "model.router.")
 UNDECAYED = ("cls_token", "mask_token", "position_embeddings", "query")
 """Last parts of the names of parameters with two or more axes that are not decayed all the same."""
 
-HIDDEN_PATHS = ("vision_tower.encoder.", "multi_modal_projector.", "language_model.layers.")
+HIDDEN_PATHS = (
+    "vision_tower.encoder.",
+    "multi_modal_projector.",
+    "compressed_projector.",
+    "language_model.layers.",
+)
 """Where a matrix counts as hidden, and so is Muon's when it is the chosen optimiser."""
 
 
