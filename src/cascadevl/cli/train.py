@@ -27,6 +27,7 @@ STAGES = {
     "mpo": "mixed preference optimisation: which of two answers is better",
     "gspo": "reinforcement learning: answers better than others to the same question",
     "prm": "a process reward model: is a solution right up to each of its steps",
+    "vico": "visual consistency: the same answers with compressed tiles as with full ones",
     "router": "the router of a Flash model: which tiles can do with fewer visual tokens",
 }
 _OWN_OPTIONS = (
@@ -159,12 +160,14 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     from cascadevl.train.posthoc import PosthocConfig
     from cascadevl.train.prm import PRMConfig
     from cascadevl.train.router_config import RouterConfig
+    from cascadevl.train.vico import ViCOConfig
 
     own: dict[str, type[TrainConfig]] = {
         "posthoc": PosthocConfig,
         "mpo": MPOConfig,
         "gspo": GSPOConfig,
         "prm": PRMConfig,
+        "vico": ViCOConfig,
         "router": RouterConfig,
     }
     kind = own.get(args.stage, TrainConfig)
@@ -195,6 +198,7 @@ def _train(stage: str, config: TrainConfig) -> int:
     from cascadevl.train.router import router
     from cascadevl.train.router_config import RouterConfig
     from cascadevl.train.sft import sft
+    from cascadevl.train.vico import ViCOConfig, vico
 
     if isinstance(config, PosthocConfig):
         result = posthoc(config)
@@ -204,6 +208,8 @@ def _train(stage: str, config: TrainConfig) -> int:
         result = gspo(config)
     elif isinstance(config, PRMConfig):
         result = prm(config)
+    elif isinstance(config, ViCOConfig):
+        result = vico(config)
     elif isinstance(config, RouterConfig):
         result = router(config)
     else:

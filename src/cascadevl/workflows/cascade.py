@@ -52,6 +52,7 @@ SECTIONS: dict[StageName, tuple[str, ...]] = {
     "mpo": ("mpo",),
     "filter": ("filter",),
     "gspo": ("gspo", "problems"),
+    "vico": ("vico",),
 }
 """What of the configuration a stage depends on."""
 
@@ -138,7 +139,8 @@ def _finished(config: CascadeConfig, stage: StageName, place: Place) -> Done | N
         )
     left = kept["place"]
     files = {name: None if left[name] is None else Path(left[name]) for name in FILES}
-    return Done(place=Place(model=left["model"], **files), facts=kept["facts"], flops=kept["flops"])
+    left_place = Place(model=left["model"], reference=left.get("reference"), **files)
+    return Done(place=left_place, facts=kept["facts"], flops=kept["flops"])
 
 
 def _settings(config: CascadeConfig, stage: StageName, place: Place) -> dict[str, Any]:

@@ -11,9 +11,12 @@ from cascadevl.errors import ConfigError
 from cascadevl.train.config import TrainConfig
 from cascadevl.train.gspo_config import GSPOConfig, ProblemsConfig
 from cascadevl.train.mpo import MPOConfig
+from cascadevl.train.vico import ViCOConfig
 from cascadevl.workflows.query_filter import LEAST_ACCURACY, MOST_ACCURACY
 
-StageName: TypeAlias = Literal["pretrain", "sft", "rollouts", "pairs", "mpo", "filter", "gspo"]
+StageName: TypeAlias = Literal[
+    "pretrain", "sft", "rollouts", "pairs", "mpo", "filter", "gspo", "vico"
+]
 
 ORDER: tuple[StageName, ...] = get_args(StageName)
 """Stages in the order of the InternVL3.5 report: what is sampled once serves both kinds of RL."""
@@ -108,6 +111,8 @@ class CascadeConfig:
         mpo: Offline RL.
         filter: Which questions are kept.
         gspo: Online RL; its own questions count only if the cascade has none.
+        vico: Visual consistency, for models that compress tiles; on the data of ``sft``, says the
+            report.
         exam: What every model is asked.
         out: Folder; each stage has one in it.
     """
@@ -122,6 +127,7 @@ class CascadeConfig:
     mpo: MPOConfig = field(default_factory=MPOConfig)
     filter: FilterSection = field(default_factory=FilterSection)
     gspo: GSPOConfig = field(default_factory=GSPOConfig)
+    vico: ViCOConfig = field(default_factory=ViCOConfig)
     exam: ExamSection = field(default_factory=ExamSection)
     out: Path = Path("runs/cascade")
 

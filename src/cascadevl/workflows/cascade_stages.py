@@ -27,6 +27,7 @@ from cascadevl.train.pretrain import pretrain
 from cascadevl.train.questions import problems_of
 from cascadevl.train.run import TrainResult
 from cascadevl.train.sft import sft
+from cascadevl.train.vico import vico
 from cascadevl.workflows.cascade_config import CascadeConfig, StageName
 from cascadevl.workflows.preference_config import PreferenceConfig
 from cascadevl.workflows.preference_data import make_preferences
@@ -42,12 +43,14 @@ class Place:
 
     Attributes:
         model: The model of the stages before; None before the first.
+        reference: The model that visual consistency began with; None before that stage.
         store: Folder of the sampled answers.
         pairs: Meta file of the pairs.
         questions: File of the chosen questions.
     """
 
     model: str | None = None
+    reference: str | None = None
     store: Path | None = None
     pairs: Path | None = None
     questions: Path | None = None
@@ -218,6 +221,21 @@ def _gspo(config: CascadeConfig, place: Place, console: Console) -> Done:
     return replace(done, flops=flops)
 
 
+def _vico(config: CascadeConfig, place: Place, console: Console) -> Done:
+    run = _placed(config.vico, config, "vico", place)
+    result = vico(run, console=console)
+    done = _trained(result, run, "vico", place)
+    # The reference reads every sample, or every record once, with full tiles.
+    shape, work = _work(run, result)
+    restored = run.vico.compress * work.tiles * (shape.tokens_per_tile - shape.compressed_tokens)
+    seen = replace(work, tokens=work.tokens + round(restored))
+    return replace(
+        done,
+        place=replace(done.place, reference=place.model),
+        flops=done.flops + forward_flops(shape, seen).total,
+    )
+
+
 STAGES: dict[StageName, Callable[[CascadeConfig, Place, Console], Done]] = {
     "pretrain": _pretrain,
     "sft": _sft,
@@ -226,6 +244,7 @@ STAGES: dict[StageName, Callable[[CascadeConfig, Place, Console], Done]] = {
     "mpo": _mpo,
     "filter": _filter,
     "gspo": _gspo,
+    "vico": _vico,
 }
 
 
