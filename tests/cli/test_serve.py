@@ -14,9 +14,11 @@ from pathlib import Path
 import openai
 import PIL.Image
 import pytest
+from tests.engine.vllm_double import TextModel, vllm_double
 from tests.serving.small_server import shown
 
 from cascadevl.cli.main import main
+from cascadevl.model.loading import find
 
 
 @contextmanager
@@ -93,6 +95,35 @@ def test_processes_end_when_their_front_is_killed():
         while any(Path(f"/proc/{member}").exists() for member in members):
             assert time.monotonic() < end
             time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_vllm_computes_the_language_half(tmp_path: Path):
+    text = TextModel(find("micro"), tmp_path / "text", max_model_len=4096)
+    with vllm_double(text) as vllm, served("--vllm", vllm.url) as (process, client):
+        part = {"type": "text", "text": "What is it?"}
+        picture = PIL.Image.new("RGB", (200, 100), "white")
+        reply = client.with_options(timeout=200).chat.completions.create(
+            model="micro",
+            messages=[{"role": "user", "content": [shown(picture), part]}],
+            max_tokens=4,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        assert reply.usage is not None
+        assert reply.usage.completion_tokens == 4
+        (body,) = vllm.bodies
+        assert body["max_tokens"] == 4
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    "words", [["--coupled"], ["--role", "vision", "--join", "ipc:///tmp/nowhere"]]
+)
+def test_vllm_is_for_the_language_half_alone(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["serve", "micro", "--vllm", "http://localhost:1/v1", *words]) == 2
+    assert "--vllm computes the language half" in capsys.readouterr().err
 
 
 def children(pid: int) -> list[int]:

@@ -15,7 +15,7 @@ from cascadevl.engine.engine import Engine
 from cascadevl.engine.requests import Completion, EngineConfig, Request
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
-from cascadevl.serving.engine_thread import Answers, Output
+from cascadevl.serving.engine_thread import Answers, EngineThread, Output
 from cascadevl.serving.language_server import LanguageServer
 from cascadevl.serving.member import Member, MemberThread
 from cascadevl.serving.pipeline import Pipeline, PipelineConfig
@@ -50,6 +50,12 @@ def said(answers: Sequence[Sequence[Completion]]) -> list[list[tuple[tuple[int, 
     return [[(each.token_ids, each.text) for each in answer] for answer in answers]
 
 
+def language_server(engine: Engine, front: str, features_at: str, **more: Any) -> LanguageServer:
+    """One that computes with an engine of ours."""
+    mark = int(engine.model.config.image_token_id)
+    return LanguageServer(EngineThread(engine), front, features_at, image_token_id=mark, **more)
+
+
 @asynccontextmanager
 async def working(member: Member) -> AsyncIterator[Member]:
     """A server in a thread of the test."""
@@ -82,14 +88,14 @@ async def decoupled(
     (front,) = pipeline.addresses
     async with AsyncExitStack() as stack:
         for _ in range(num_vision):
-            server = VisionServer(model, front, config=vision)
-            await stack.enter_async_context(working(server))
+            encoder = VisionServer(model, front, config=vision)
+            await stack.enter_async_context(working(encoder))
         for number in range(num_language):
             at = "tcp://127.0.0.1:0" if address else f"ipc://{folder}/language{number}"
-            language = LanguageServer(
+            server = language_server(
                 Engine(model, processor, engine), front, at, window_bytes=window_bytes
             )
-            await stack.enter_async_context(working(language))
+            await stack.enter_async_context(working(server))
         try:
             await joined(pipeline, num_vision + num_language)
             yield pipeline

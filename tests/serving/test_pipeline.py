@@ -18,6 +18,7 @@ from tests.serving.small_dvd import (
     answers_of,
     decoupled,
     joined,
+    language_server,
     requests,
     said,
     working,
@@ -31,7 +32,6 @@ from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.routing import KeepShare, Thresholds
 from cascadevl.serving.coupled import Coupled
 from cascadevl.serving.engine_thread import Answers
-from cascadevl.serving.language_server import LanguageServer
 from cascadevl.serving.pipeline import Pipeline
 from cascadevl.serving.vision_server import VisionConfig, VisionServer
 from cascadevl.types import ImageRef, Message
@@ -450,7 +450,7 @@ def test_a_cut_connection_loses_no_request(half: str, tmp_path: Path):
         through = await cable.open()
         at = {"vision": front, "language": front, half: through}
         engine = Engine(MODEL, PROCESSOR, INVARIANT)
-        language = LanguageServer(engine, at["language"], "tcp://127.0.0.1:0")
+        language = language_server(engine, at["language"], "tcp://127.0.0.1:0")
         async with (
             working(VisionServer(MODEL, at["vision"], config=vision)),
             working(language),
@@ -479,7 +479,7 @@ def test_a_front_that_starts_anew_finds_its_servers_again(tmp_path: Path):
         first = Pipeline(MODEL.config, [address], config=QUICK)
         await first.start()
         engine = Engine(MODEL, PROCESSOR, INVARIANT)
-        language = LanguageServer(engine, address, f"ipc://{tmp_path}/language")
+        language = language_server(engine, address, f"ipc://{tmp_path}/language")
         async with working(VisionServer(MODEL, address)), working(language):
             await joined(first, 2)
             assert len(await answers_of(first, wish)) == 1

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from importlib.util import find_spec
-from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cascadevl.cli.arguments import Subparsers, positive_int
 from cascadevl.cli.backends import add_computing
@@ -20,14 +19,13 @@ from cascadevl.cli.serve_limits import (
     limits_of,
     listen_config,
 )
+from cascadevl.cli.serve_members import add_vllm, engine_of, run_member, use_threads
 from cascadevl.errors import ConfigError
 
 if TYPE_CHECKING:
     from cascadevl.data.processor import CascadeVLProcessor
     from cascadevl.engine.critics import Critics
-    from cascadevl.engine.engine import Engine
     from cascadevl.model.configuration import CascadeVLConfig
-    from cascadevl.model.modeling import CascadeVLForConditionalGeneration
     from cascadevl.serving.engine_thread import Answers
     from cascadevl.serving.openai_prompts import Asker
 
@@ -54,6 +52,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_model(parser)
     add_reward_model(parser.add_argument_group("the best of several answers (best_of)"))
     _add_processes(parser)
+    add_vllm(parser)
     parser.set_defaults(run=run)
 
 
@@ -108,9 +107,12 @@ def run(args: argparse.Namespace) -> int:
             f"{', '.join(missing)} not installed; serving needs the extra 'serve': "
             f"pip install 'cascadevl[serve]'"
         )
+    if args.vllm is not None and args.role is None:  # both servers beside the front
+        args.language = args.language or 1
+        args.vision = args.vision or (1 if args.wire is None else None)
     _check_processes(args)
     if args.role is not None:
-        return _run_member(args)
+        return run_member(args)
     if args.vision is None and args.language is None and args.wire is None:
         return _run_coupled(args)
     return _run_front(args)
@@ -125,6 +127,8 @@ def _check_processes(args: argparse.Namespace) -> None:
     is_front = args.vision is not None or args.language is not None or args.wire is not None
     if args.role is not None and (is_front or args.coupled):
         raise ConfigError("--role is one server; leave out --coupled, --vision, --language, --wire")
+    if args.vllm is not None and (args.coupled or args.role == "vision"):
+        raise ConfigError("--vllm computes the language half; leave out --coupled, --role vision")
     if args.coupled and is_front:
         raise ConfigError("--coupled is one process; leave out --vision, --language and --wire")
     if args.role is not None and args.visual_budget is not None:
@@ -180,20 +184,6 @@ def _serve(args: argparse.Namespace, answers: Answers, asker: Asker) -> None:
         serve(server, lambda address: print(f"{config.model_name} at {address}/v1", flush=True))
 
 
-def _engine(
-    args: argparse.Namespace,
-    model: CascadeVLForConditionalGeneration,
-    processor: CascadeVLProcessor,
-) -> Engine:
-    from cascadevl.engine.engine import Engine
-    from cascadevl.engine.packed_weights import pack
-    from cascadevl.engine.requests import EngineConfig
-
-    config = EngineConfig(cache_bytes=args.cache_bytes, batch_invariant=args.batch_invariant)
-    held = model if args.weights == "stored" else pack(model, args.weights, release=True)
-    return Engine(held, processor, config)
-
-
 def _share_of_cores(num_halves: int) -> int:
     """Threads of each of several halves that compute on this machine at the same time."""
     import torch
@@ -201,19 +191,13 @@ def _share_of_cores(num_halves: int) -> int:
     return max(1, torch.get_num_threads() // num_halves)
 
 
-def _use_threads(number: int) -> None:
-    import torch
-
-    torch.set_num_threads(number)
-
-
 def _run_coupled(args: argparse.Namespace) -> int:
     import cascadevl
     from cascadevl.serving.coupled import Coupled
 
     model, processor = cascadevl.load(args.model, device=usable_device(args.device))
-    _use_threads(args.threads or _share_of_cores(2))
-    engine = _engine(args, model, processor)
+    use_threads(args.threads or _share_of_cores(2))
+    engine = engine_of(args, model, processor)
     asker = _asker(args, processor, model.config, critics_beside(args, engine))
     _serve(args, Coupled(engine), asker)
     return 0
@@ -252,49 +236,10 @@ def _members(args: argparse.Namespace, front: str, folder: str) -> list[list[str
     vision = [*common, "--role", "vision"]
     language = [*common, "--role", "language", "--weights", args.weights]
     language += ["--cache-bytes", str(args.cache_bytes)]
+    if args.vllm is not None:
+        language += ["--vllm", args.vllm, "--api-key-env", args.api_key_env]
+        language += [] if args.served_model is None else ["--served-model", args.served_model]
     return [vision] * (args.vision or 0) + [
         [*language, "--features", f"ipc://{folder}/language{number}"]
         for number in range(args.language or 0)
     ]
-
-
-def _run_member(args: argparse.Namespace) -> int:
-    import asyncio
-    import signal
-
-    from cascadevl.model.loading import find
-    from cascadevl.serving.logs import logging_to
-    from cascadevl.serving.member import Member, fingerprint
-    from cascadevl.serving.processes import end_with
-
-    if args.threads is not None:
-        _use_threads(args.threads)
-    weights = fingerprint(Path(find(args.model)))
-    make: Any = _vision_server if args.role == "vision" else _language_server
-    member: Member = make(args, weights)
-    signal.signal(signal.SIGTERM, lambda *_: member.stop())
-    if args.parent is not None:
-        end_with(args.parent, member.stop)
-    with logging_to(args.log):
-        asyncio.run(member.run())
-    return 0
-
-
-def _vision_server(args: argparse.Namespace, weights: str) -> Any:
-    from cascadevl.model.vision_half import load_vision_half
-    from cascadevl.serving.vision_server import VisionConfig, VisionServer
-
-    device = usable_device(args.device)
-    model, _ = load_vision_half(args.model, device=device, embedding=False)
-    config = VisionConfig(batch_invariant=args.batch_invariant)
-    return VisionServer(model, args.join, weights=weights, config=config)
-
-
-def _language_server(args: argparse.Namespace, weights: str) -> Any:
-    from cascadevl.model.language_half import load_language_half
-    from cascadevl.serving.language_server import LanguageServer
-
-    model, processor = load_language_half(args.model, device=usable_device(args.device))
-    return LanguageServer(
-        _engine(args, model, processor), args.join, args.features, weights=weights
-    )

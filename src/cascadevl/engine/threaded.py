@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Executor
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -12,12 +13,14 @@ Item = TypeVar("Item")
 
 async def from_thread(
     produce: Callable[[Callable[[Item], None], threading.Event], None],
-) -> AsyncIterator[Item]:
+    executor: Executor | None = None,
+) -> AsyncGenerator[Item, None]:
     """Run a function in a thread and give what it emits, as it comes.
 
     Args:
         produce: Calls its first argument with every item; should return soon after its second is
             set, which happens when nobody waits for more. What it raises is raised here.
+        executor: Has the thread; None for the event loop's own, which has few.
     """
     loop = asyncio.get_running_loop()
     items: asyncio.Queue[Item | None] = asyncio.Queue()
@@ -26,8 +29,14 @@ async def from_thread(
     def emit(item: Item) -> None:
         loop.call_soon_threadsafe(items.put_nowait, item)
 
-    done = asyncio.ensure_future(asyncio.to_thread(produce, emit, stop))
-    done.add_done_callback(lambda _: items.put_nowait(None))
+    done = loop.run_in_executor(executor, produce, emit, stop)
+
+    def end(_: object) -> None:
+        items.put_nowait(None)
+        if stop.is_set() and not done.cancelled():
+            done.exception()  # nobody waits for it any more
+
+    done.add_done_callback(end)
     try:
         while (item := await items.get()) is not None:
             yield item

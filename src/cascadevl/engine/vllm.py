@@ -29,7 +29,7 @@ from cascadevl.engine.stops import AnswerText, check_stops
 from cascadevl.engine.threaded import from_thread
 from cascadevl.engine.vision import VisionCache
 from cascadevl.engine.vllm_wire import Choice, UnknownAnswer, read_choices, request_body
-from cascadevl.errors import RequestError
+from cascadevl.errors import RequestError, ServerError
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 
 _PATH = "completions"
@@ -102,10 +102,14 @@ class VllmBackend:
         """Answer one request token by token, see `Backend.stream`."""
 
         def produce(emit: Callable[[TokenOutput], None], stop: threading.Event) -> None:
-            for output in self._streamed(request):
-                emit(output)
-                if stop.is_set():
-                    break  # closes the connection, by which the server knows
+            try:
+                for output in self.outputs(request):
+                    if isinstance(output, TokenOutput):
+                        emit(output)
+                    if stop.is_set():
+                        break  # closes the connection, by which the server knows
+            except ServerError as error:
+                raise RequestError(str(error)) from error
 
         async for output in from_thread(produce):
             yield output
@@ -192,25 +196,53 @@ class VllmBackend:
             )
         return tuple(answers)
 
-    def _streamed(self, request: Request) -> Iterator[TokenOutput]:
-        """The tokens of an answer as the server sends them."""
-        _, body = self._prompt(request)
-        num_top = request.sampling.logprobs or 0
+    def outputs(self, request: Request) -> Iterator[TokenOutput | Completion]:
+        """Answer one request: its tokens as the server sends them, and every answer as it ends.
+
+        Leaving the iterator closes the connection, by which the server knows.
+
+        Args:
+            request: What is asked.
+
+        Raises:
+            RequestError: If it cannot be answered.
+            ServerError: If the server is gone, or would answer nothing else either.
+        """
+        prompt, body = self._prompt(request)
         texts = [self._text(request) for _ in range(request.num_samples)]
+        thoughts: list[list[TokenLogprobs]] = [[] for _ in texts]
+        for choice in self._choices(body, request.sampling.logprobs or 0):
+            for sample in range(choice.index, request.num_samples, body["n"]):
+                text = texts[sample]
+                if text.finish_reason is not None:
+                    continue
+                thoughts[sample] += choice.logprobs
+                yield from _outputs(text, choice, sample)
+                if text.finish_reason is not None:
+                    known = tuple(thoughts[sample][: len(text.token_ids)])
+                    yield completion(text, request, prompt, 0, sample, logprobs=known)
+            if all(text.finish_reason is not None for text in texts):
+                return
+        raise ServerError(str(self._nonsense("the stream ended before the answers did")))
+
+    def _choices(self, body: Mapping[str, Any], num_top: int) -> Iterator[Choice]:
+        """Stretches of answers as the server streams them; see `outputs` for what it raises."""
         try:
             with self.server.stream(_PATH, {**body, "stream": True}) as events:
                 for event in events:
-                    for choice in read_choices(event, num_top=num_top)[0]:
-                        same = range(choice.index, request.num_samples, body["n"])
-                        for sample in same:
-                            yield from _outputs(texts[sample], choice, sample)
-                    if all(text.finish_reason is not None for text in texts):
-                        return
+                    yield from read_choices(event, num_top=num_top)[0]
+            return
         except Refused as refusal:
-            raise self._refusal(refusal) from refusal
+            one = refusal
         except UnknownAnswer as error:
-            raise self._nonsense(error) from error
-        raise self._nonsense("the stream ended before the answers did")
+            raise ServerError(str(self._nonsense(error))) from error
+        except RequestError as error:
+            raise ServerError(str(error)) from error
+        try:
+            why = self._refusal(one)
+        except RequestError as every:
+            raise ServerError(str(every)) from one
+        raise why from one
 
     def _refusal(self, refusal: Refused) -> RequestError:
         """Why the server refuses one request.

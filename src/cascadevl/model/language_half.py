@@ -19,6 +19,7 @@ from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.part import load_part
 
 _LANGUAGE = "model.language_model."
+_EMBEDDING = "model.language_model.embed_tokens."
 
 
 class Absent(nn.Module):
@@ -45,6 +46,7 @@ def load_language_half(
     *,
     dtype: torch.dtype | Literal["auto"] = "auto",
     device: torch.device | str = "cpu",
+    layers: bool = True,
 ) -> tuple[CascadeVLForConditionalGeneration, CascadeVLProcessor]:
     """Open a checkpoint without its vision tower and its projector.
 
@@ -52,6 +54,8 @@ def load_language_half(
         name_or_path: As for `cascadevl.model.loading.load`.
         dtype: Type of the weights; ``"auto"`` keeps what the files hold.
         device: Where the weights go.
+        layers: Whether the layers and the head are read; without them the token embedding is all
+            that works, which is enough where another server computes them.
 
     Returns:
         The model, in evaluation mode, and its processor.
@@ -61,7 +65,7 @@ def load_language_half(
     """
     model, processor = load_part(
         name_or_path,
-        lambda name: name == HEAD or name.startswith(_LANGUAGE),
+        _is_language if layers else lambda name: name.startswith(_EMBEDDING),
         dtype=dtype,
         device=device,
     )
@@ -71,5 +75,10 @@ def load_language_half(
         model.set_submodule("model.compressed_projector", Absent("projector"))
         model.set_submodule("model.router", Absent("router"))
     model.tie_weights()
-    nn.Module.to(model, torch.device(device))  # the buffers, which were in no file
+    if layers:
+        nn.Module.to(model, torch.device(device))  # the buffers, which were in no file
     return model, processor
+
+
+def _is_language(name: str) -> bool:
+    return name == HEAD or name.startswith(_LANGUAGE)

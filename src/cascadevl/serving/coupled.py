@@ -15,7 +15,7 @@ import zmq
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.requests import EngineStats, Request
 from cascadevl.errors import ServerError
-from cascadevl.serving.engine_thread import Output
+from cascadevl.serving.engine_thread import EngineThread, Output
 from cascadevl.serving.language_server import LanguageServer
 from cascadevl.serving.member import MemberThread
 from cascadevl.serving.pipeline import Pipeline
@@ -47,7 +47,13 @@ class Coupled:
         vision = VisionServer(
             self._engine.model, _FRONT, config=self._vision, context=self._context
         )
-        language = LanguageServer(self._engine, _FRONT, _FEATURES, context=self._context)
+        language = LanguageServer(
+            EngineThread(self._engine),
+            _FRONT,
+            _FEATURES,
+            image_token_id=int(self._engine.model.config.image_token_id),
+            context=self._context,
+        )
         self._threads = [MemberThread(vision), MemberThread(language)]
         while self.unready is not None:
             if (failure := self.failure) is not None:

@@ -1,19 +1,20 @@
 """The language half as a server: prompts and visual features in, tokens out.
 
-The third stage of the pipeline runs in the engine's own thread, while the next features come in.
-Every vision server has a window: so many bytes of features that it may send ahead. What a request
-took of it is given back when the request's prompt has been read.
+The third stage of the pipeline is computed beside it, by an engine in its own thread or a server of
+another program, while the next features come in. Every vision server has a window: so many bytes of
+features that it may send ahead. What a request took of it is given back when the request's prompt
+has been read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ import zmq
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cascadevl.engine.engine import Engine
 from cascadevl.engine.requests import (
     Completion,
     EngineStats,
@@ -32,7 +32,7 @@ from cascadevl.engine.requests import (
     TokenOutput,
 )
 from cascadevl.errors import CascadeVLError, LogitsError, RequestError, ServerError
-from cascadevl.serving.engine_thread import EngineThread, Output
+from cascadevl.serving.engine_thread import Output
 from cascadevl.serving.member import Member
 from cascadevl.serving.wire import (
     Accepted,
@@ -75,32 +75,51 @@ class _Job:
     owed_to: bytes = b""
 
 
+@runtime_checkable
+class Answerer(Protocol):
+    """Who computes the answers: an engine in a thread, or a server of another program."""
+
+    def ask(self, request: Request) -> AsyncGenerator[Output, None]:
+        """Answer a request, see `cascadevl.serving.engine_thread.Answers.ask`."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """What is held, and has been done so far."""
+        ...
+
+    def close(self) -> None:
+        """Stop; what is open ends with an error."""
+        ...
+
+
 class LanguageServer(Member):
     """Answers requests whose pictures were encoded elsewhere."""
 
     def __init__(
         self,
-        engine: Engine,
+        answers: Answerer,
         front: str,
         features_at: str,
         *,
+        image_token_id: int,
         weights: str = "",
         window_bytes: int = 2**28,
         context: zmq.Context[Any] | None = None,
     ) -> None:
-        """Bind an engine.
+        """Bind whoever computes the answers.
 
         Args:
-            engine: Answers; its model may be the language half alone.
+            answers: Computes them; is closed with this server.
             front: Where the front is.
             features_at: Where features are taken.
+            image_token_id: Marks the place of a picture.
             weights: Which weights these are; servers of others cannot join the same front.
             window_bytes: Features that each vision server may send ahead.
             context: Of the process, where the front is in the same.
         """
         super().__init__("language", front, weights=weights, context=context)
-        self._engine = EngineThread(engine)
-        self._image_token_id = int(engine.model.config.image_token_id)
+        self._answers = answers
+        self._image_token_id = image_token_id
         self._bind_at, self._features_at = features_at, ""
         self._features = Link(self.context)
         self._window_bytes = window_bytes
@@ -115,7 +134,7 @@ class LanguageServer(Member):
 
     def stats(self) -> EngineStats:
         """What the engine holds, and has done."""
-        return self._engine.stats()
+        return self._answers.stats()
 
     def open(self) -> None:
         """Take features."""
@@ -168,7 +187,7 @@ class LanguageServer(Member):
         for job in self._jobs.values():
             if job.task is not None:
                 job.task.cancel()
-        self._engine.close()
+        self._answers.close()
         self._features.close()
         super().close()
 
@@ -219,7 +238,7 @@ class LanguageServer(Member):
                 stream=ask.stream,
                 thinking_budget=ask.thinking_budget,
             )
-            async with aclosing(self._engine.ask(request)) as outputs:
+            async with aclosing(self._answers.ask(request)) as outputs:
                 async for output in outputs:
                     await self._give_back(job)
                     self._said.append(replace(output, request_id=ask.request))
