@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 import PIL.Image
@@ -22,15 +25,17 @@ from cascadevl.model.loading import find
 
 
 @contextmanager
-def served(*words: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
+def served(
+    *words: str, key: str = "none", **settings: Any
+) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
     command = [sys.executable, "-m", "cascadevl.cli.main", "serve", "micro", "--port", "0", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **settings) as process:
         assert process.stdout is not None
         try:
             line = process.stdout.readline()
             name, _, url = line.strip().partition(" at ")
             assert name == "micro"
-            with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
+            with openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=60) as client:
                 yield process, client
         finally:
             process.kill()
@@ -62,6 +67,52 @@ def test_a_port_in_use_is_said(capsys: pytest.CaptureFixture[str]):
         port = client.base_url.port
         assert main(["serve", "micro", "--port", str(port)]) == 2
     assert f"cannot listen at 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+QUESTION: Any = {
+    "model": "micro",
+    "messages": [{"role": "user", "content": "Count."}],
+    "max_tokens": 4,
+    "temperature": 0,
+}
+
+
+def test_a_full_disk_for_the_log_costs_no_answer():
+    with served("--log", "/dev/full") as (process, client):
+        for _ in range(3):
+            assert client.chat.completions.create(**QUESTION).choices[0].message.content
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_a_log_that_nobody_reads_costs_no_answer():
+    """A pipe holds 64 KiB; each line of the log is longer than its path."""
+    with served(stderr=subprocess.PIPE) as (process, client):
+        for _ in range(400):
+            with pytest.raises(openai.NotFoundError):
+                client.models.retrieve("a" * 300)
+        assert client.chat.completions.create(**QUESTION).choices[0].message.content
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_keys_a_log_and_no_home(tmp_path: Path):
+    """As a service is run: no home folder, nothing to write but its log."""
+    keys, log = tmp_path / "keys", tmp_path / "log"
+    key = "sk-" + "a" * 30
+    keys.write_text(f"ann {key}\n")
+    nowhere = {**os.environ, "HOME": "/nonexistent", "XDG_CACHE_HOME": "/nonexistent"}
+    words = ("--api-keys", str(keys), "--log", str(log))
+    with served(*words, key=key, env=nowhere) as (process, client):
+        assert client.chat.completions.create(**QUESTION).choices[0].message.content
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="none").models.list()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    requests = [line for line in lines if line["message"] == "request"]
+    assert [(line["key"], line["status"]) for line in requests] == [("ann", 200), (None, 401)]
+    assert key not in log.read_text()
 
 
 @pytest.mark.slow

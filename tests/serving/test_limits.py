@@ -27,8 +27,8 @@ CONFIG = model_for(PROCESSOR).config
 
 def ask(parts: list[dict[str, Any]], *, limits: Limits, **fields: Any) -> Asked:
     """Ask about some parts, as the server does."""
-    messages = [{"role": "user", "content": parts}]
-    body = ChatRequest(model=NAME, messages=messages, **{"max_tokens": 4, **fields})
+    turns = {"messages": [{"role": "user", "content": parts}]}
+    body = ChatRequest(model=NAME, **{"max_tokens": 4, **turns, **fields})
     check_form(body, limits)
     return Asker(processor=PROCESSOR, config=CONFIG, limits=limits).chat(body)
 
@@ -58,6 +58,12 @@ def video(num_frames: int, size: tuple[int, int] = (32, 32)) -> bytes:
 PICTURE = picture(0, (100, 50))  # 5,000 pixels, 2 tiles and a thumbnail
 
 CASES: dict[str, tuple[dict[str, int], list[dict[str, Any]], dict[str, Any], str]] = {
+    "turns": (
+        {"max_turns": 1},
+        [text("one")],
+        {"messages": [{"role": "user", "content": "a"}] * 2},
+        "2 turns",
+    ),
     "pictures": ({"max_images": 2}, [shown(picture(n)) for n in range(3)], {}, "shows 3 pictures"),
     "pixels": ({"max_pixels": 4999}, [shown(PICTURE)], {}, "5000 pixels, the limit is 4999"),
     "pixels together": ({"max_pixels": 9999}, [shown(PICTURE)] * 2, {}, "10000 pixels together"),

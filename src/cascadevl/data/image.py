@@ -33,8 +33,9 @@ JPEG_QUALITIES = (75, 100)
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF")
 
 # What PIL's decoders let through on damaged files, found by fuzzing (tests/data/test_fuzz.py):
-# RuntimeError comes from AVIF, TypeError from TIFF tags of an unexpected type.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, TypeError)
+# RuntimeError comes from AVIF, TypeError from TIFF tags of an unexpected type, MemoryError from
+# lines of pixels that are longer than a codec can hold.
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, TypeError, MemoryError)
 
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+:/")
 

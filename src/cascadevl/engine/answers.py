@@ -72,9 +72,15 @@ class AnswerState:
         elif len(generated) == self.job.max_tokens:
             self.finish_reason = "length"
         if self.grammar is not None and self.finish_reason is None:
-            self.grammar.take(generated[-1])
+            self._follow(self.grammar, generated[-1])
         if self.reasoning is not None and self.finish_reason is None:
             self.reasoning.take(generated[-1])
+
+    def _follow(self, grammar: Grammar, token: int) -> None:
+        """Go on in the grammar; where that has reached its limits the answer ends, not the step."""
+        if not grammar.take(token):
+            self.piece += self.text.cancel() if self.text is not None else ""
+            self.finish_reason = "length"
 
     def call_off(self) -> None:
         """End the answer before its time."""

@@ -30,17 +30,25 @@ class Grammar:
         """Begin where a matcher of llguidance stands."""
         self._matcher = matcher
 
-    def take(self, token: int) -> None:
+    def take(self, token: int) -> bool:
         """Go on by a token of the answer.
 
+        Returns:
+            Whether the answer can be followed any further; not where its grammar has grown beyond
+            what llguidance will hold, as one of thousands of alternatives does.
+
         Raises:
-            RequestError: If the grammar does not allow it, or has grown too complex.
+            RequestError: If the grammar does not allow the token.
         """
-        if not self._matcher.consume_token(token):
-            reason = self._matcher.get_error().partition("\n")[0]
-            raise RequestError(
-                f"the answer cannot go on with token {token} under its json_schema: {reason}"
-            )
+        if self._matcher.consume_token(token):
+            return True
+        problem = self._matcher.get_error()
+        if "TooComplex" in problem:
+            return False
+        reason = problem.partition("\n")[0]
+        raise RequestError(
+            f"the answer cannot go on with token {token} under its json_schema: {reason}"
+        )
 
     @property
     def is_complete(self) -> bool:

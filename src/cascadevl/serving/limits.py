@@ -33,6 +33,7 @@ class Limits:
     """Most that one request may bring and ask.
 
     Attributes:
+        max_turns: Turns of a conversation.
         max_images: Pictures and videos.
         max_pixels: Of all pictures and all shown frames of videos together, once decoded.
         max_video_pixels: Of all frames of a video, shown or not: most have to be decoded.
@@ -42,6 +43,7 @@ class Limits:
         max_answer_tokens: Of all answers together, if each becomes as long as it may.
     """
 
+    max_turns: int = 1024
     max_images: int = 64
     max_pixels: int = 100_000_000
     max_video_pixels: int = 20_000_000_000
@@ -71,6 +73,11 @@ def check_form(body: ChatRequest, limits: Limits) -> None:
     Raises:
         RequestError: If it brings more.
     """
+    if len(body.messages) > limits.max_turns:
+        raise RequestError(
+            f"the conversation has {len(body.messages)} turns, the limit is {limits.max_turns}; "
+            f"leave out the first ones"
+        )
     num_shown = num_letters = 0
     for message in body.messages:
         if isinstance(message, AssistantMessage):
