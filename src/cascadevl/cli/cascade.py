@@ -1,4 +1,4 @@
-"""``cascadevl cascade``: pre-training to ViCO, each stage on the model of the last."""
+"""``cascadevl cascade``: pre-training to the router, each stage on the model of the last."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def add_parser(subparsers: Subparsers) -> None:
     """Describe the command."""
     parser = subparsers.add_parser(
         "cascade",
-        help="train a model through all stages, from pre-training to ViCO",
+        help="train a model through all stages, from pre-training to the router",
         description="Go through the stages of the InternVL3.5 report: pretrain, sft, rollouts, "
-        "pairs, mpo, filter, gspo, vico, or those that the configuration names. A stage that is "
-        "done is skipped, and one that was interrupted goes on, so the same command always "
+        "pairs, mpo, filter, gspo, vico, router, or those that the configuration names. A stage "
+        "that is done is skipped, and one that was interrupted goes on, so the same command always "
         "finishes the work. Leaves summary.md and summary.json with score, time and operations of "
         "each stage. The last line of output is one JSON document.",
     )

@@ -122,21 +122,43 @@ def router(
         finished = train(state, run, OBJECTIVE, log=log, save=saver(config), on_step=exam)
 
     # A threshold for single tiles, by what the router thinks of tiles it was not trained on.
-    trained.eval()
-    probabilities = [p for each in held_out for p in compress_probability(trained, features, each)]
-    budget = calibrated(probabilities, config.router.keep_share)
+    if finished:
+        found = calibrate(model, features, held_out, config.router.keep_share)
+        if accelerator.is_main_process:
+            text = json.dumps({"labels": asdict(facts), **found}, indent=2) + "\n"
+            (config.run.out / FACTS).write_text(text, encoding="utf-8")
+    return export(state, model, processor, config, finished=finished, keeps_context=True)
+
+
+def calibrate(
+    model: CascadeVLForConditionalGeneration,
+    features: Callable[[int], Tensor],
+    records: Sequence[LabelledRecord],
+    keep_share: float,
+) -> dict[str, Any]:
+    """Write into a model's configuration the threshold that keeps a share of some tiles.
+
+    Args:
+        model: A Flash model; only its configuration changes.
+        features: The patch features of a draw.
+        records: Whose tiles.
+        keep_share: Share of the tiles that is to stay full.
+
+    Returns:
+        ``threshold``, ``keep_share``, and how well the router knows the labels: ``held_out``.
+    """
+    trained = model.model.router
+    assert trained is not None, "a Flash model has a router"
+    trained.train(False)
+    probabilities = [p for each in records for p in compress_probability(trained, features, each)]
+    budget = calibrated(probabilities, keep_share)
     model.config.flash_absolute_threshold = budget.absolute
     model.config.flash_relative_threshold = None
-    if finished and accelerator.is_main_process:
-        values = {
-            "labels": asdict(facts),
-            "held_out": examined(trained, features, held_out),
-            "keep_share": config.router.keep_share,
-            "threshold": budget.absolute,
-        }
-        text = json.dumps(values, indent=2) + "\n"
-        (config.run.out / FACTS).write_text(text, encoding="utf-8")
-    return export(state, model, processor, config, finished=finished, keeps_context=True)
+    return {
+        "held_out": examined(trained, features, records),
+        "keep_share": keep_share,
+        "threshold": budget.absolute,
+    }
 
 
 def _start(

@@ -25,6 +25,7 @@ class LabelFacts:
     Attributes:
         records: Records with tiles.
         tiles: Their tiles.
+        tokens: Tokens that were read to measure them, by both models.
         keep: Share of the tiles that are labelled to be kept.
         between: Share of the labels' variance that lies between records.
         within: The rest, which lies between the tiles of a record.
@@ -35,6 +36,7 @@ class LabelFacts:
 
     records: int
     tiles: int
+    tokens: int
     keep: float
     between: float
     within: float
@@ -107,6 +109,7 @@ def labelled(
     facts = LabelFacts(
         records=len(found),
         tiles=len(sample),
+        tokens=sum(each.tokens for each in found),
         keep=float(labels.keep.double().mean()),
         between=between,
         within=1 - between if 0 < float(labels.keep.double().mean()) < 1 else 0.0,

@@ -53,6 +53,7 @@ SECTIONS: dict[StageName, tuple[str, ...]] = {
     "filter": ("filter",),
     "gspo": ("gspo", "problems"),
     "vico": ("vico",),
+    "router": ("router",),
 }
 """What of the configuration a stage depends on."""
 

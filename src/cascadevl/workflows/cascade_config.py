@@ -11,11 +11,12 @@ from cascadevl.errors import ConfigError
 from cascadevl.train.config import TrainConfig
 from cascadevl.train.gspo_config import GSPOConfig, ProblemsConfig
 from cascadevl.train.mpo import MPOConfig
+from cascadevl.train.router_config import RouterConfig
 from cascadevl.train.vico import ViCOConfig
 from cascadevl.workflows.query_filter import LEAST_ACCURACY, MOST_ACCURACY
 
 StageName: TypeAlias = Literal[
-    "pretrain", "sft", "rollouts", "pairs", "mpo", "filter", "gspo", "vico"
+    "pretrain", "sft", "rollouts", "pairs", "mpo", "filter", "gspo", "vico", "router"
 ]
 
 ORDER: tuple[StageName, ...] = get_args(StageName)
@@ -113,6 +114,7 @@ class CascadeConfig:
         gspo: Online RL; its own questions count only if the cascade has none.
         vico: Visual consistency, for models that compress tiles; on the data of ``sft``, says the
             report.
+        router: Training of the router; what ``vico`` began with is its reference.
         exam: What every model is asked.
         out: Folder; each stage has one in it.
     """
@@ -128,6 +130,7 @@ class CascadeConfig:
     filter: FilterSection = field(default_factory=FilterSection)
     gspo: GSPOConfig = field(default_factory=GSPOConfig)
     vico: ViCOConfig = field(default_factory=ViCOConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     exam: ExamSection = field(default_factory=ExamSection)
     out: Path = Path("runs/cascade")
 

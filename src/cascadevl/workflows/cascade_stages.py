@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import DataError, TrainingError
 from cascadevl.model.checkpoint import configuration, open_checkpoint
 from cascadevl.model.configuration import CascadeVLConfig
-from cascadevl.model.cost import Work, forward_flops, step_flops
+from cascadevl.model.cost import Work, forward_flops, router_flops, step_flops
 from cascadevl.model.loading import load
 from cascadevl.train.config import TrainConfig
 from cascadevl.train.gspo import gspo
@@ -25,6 +26,8 @@ from cascadevl.train.gspo_config import GSPOConfig
 from cascadevl.train.mpo import MPOConfig, mpo
 from cascadevl.train.pretrain import pretrain
 from cascadevl.train.questions import problems_of
+from cascadevl.train.router import FACTS, router
+from cascadevl.train.router_config import RouterConfig
 from cascadevl.train.run import TrainResult
 from cascadevl.train.sft import sft
 from cascadevl.train.vico import vico
@@ -236,6 +239,25 @@ def _vico(config: CascadeConfig, place: Place, console: Console) -> Done:
     )
 
 
+def _router(config: CascadeConfig, place: Place, console: Console) -> Done:
+    run = placed_router(config, place)
+    result = router(run, console=console)
+    done = _trained(result, run, "router", place)
+    # Both models read what was measured; then patch features go through the router, both ways.
+    found = json.loads((run.run.out / FACTS).read_text("utf-8"))
+    labels = found["labels"]
+    shape, work = _work(run, result)
+    measured = Work(tokens=labels["tokens"], tiles=2 * labels["tiles"])
+    flops = forward_flops(shape, measured).total + 3 * router_flops(shape, work.tiles)
+    facts = {
+        "labelled": labels["tiles"],
+        "within": labels["within"],
+        "threshold": found["threshold"],
+        **{f"held_out_{name}": value for name, value in found["held_out"].items()},
+    }
+    return replace(done, facts={**done.facts, **_numbers(facts)}, flops=flops)
+
+
 STAGES: dict[StageName, Callable[[CascadeConfig, Place, Console], Done]] = {
     "pretrain": _pretrain,
     "sft": _sft,
@@ -245,6 +267,7 @@ STAGES: dict[StageName, Callable[[CascadeConfig, Place, Console], Done]] = {
     "filter": _filter,
     "gspo": _gspo,
     "vico": _vico,
+    "router": _router,
 }
 
 
@@ -263,6 +286,14 @@ def placed_gspo(config: CascadeConfig, place: Place) -> GSPOConfig:
     if config.problems.file is not None or config.problems.tasks:
         return replace(run, problems=config.problems)
     return run
+
+
+def placed_router(config: CascadeConfig, place: Place) -> RouterConfig:
+    """The run of the router, its reference the model that visual consistency began with."""
+    run = _placed(config.router, config, "router", place)
+    if place.reference is None:
+        return run
+    return replace(run, router=replace(run.router, reference=place.reference))
 
 
 def _placed(run: ConfigT, config: CascadeConfig, stage: StageName, place: Place) -> ConfigT:
