@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 
 BEFORE, SMALL_BEFORE = "full, before", "compressed, before"
 ALL_FULL, ALL_SMALL = "full, after", "compressed, after"
+RESAMPLES = 2000
+"""Times that questions are drawn again for an interval."""
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "lost_when_always_compressed": lost,
         "material_counts": lost >= 3,
         "budget_for_99": budget_for(arms, 99.0),
+        "router_above_random": above_random(results),
     }
 
 
@@ -60,19 +63,43 @@ def mean_of(columns: Sequence[Sequence[int]]) -> float:
 
 
 def retention(right: Sequence[bool], baseline: Sequence[bool]) -> dict[str, float]:
-    """Percent of the baseline's score that is kept, on the same questions, with its interval.
+    """Percent of the baseline's score that is kept, on the same questions, with its interval."""
+    own, other = means_of_pairs(right, baseline)
+    return interval(100 * own / np.maximum(other, 1e-9))
 
-    Questions are drawn again in pairs, so what makes one hard for both arms does not count.
+
+def lead(right: Sequence[bool], other: Sequence[bool]) -> dict[str, float]:
+    """By how many points one arm is above another on the same questions, with its interval."""
+    own, theirs = means_of_pairs(right, other)
+    return interval(100 * (own - theirs))
+
+
+def means_of_pairs(right: Sequence[bool], other: Sequence[bool]) -> np.ndarray:
+    """Scores of two arms: the measured ones first, then those of questions drawn again.
+
+    Questions are drawn in pairs, so what makes one hard for both arms does not count.
     """
-    both = np.array([right, baseline], dtype=np.float64)
+    both = np.array([right, other], dtype=np.float64)
     generator = np.random.default_rng(0)
-    picks = generator.integers(both.shape[1], size=(2000, both.shape[1]))
-    means = both[:, picks].mean(-1)
-    ratios = 100 * means[0] / np.maximum(means[1], 1e-9)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    whole = both.mean(1)
-    value = 100 * float(whole[0]) / max(float(whole[1]), 1e-9)
-    return {"percent": value, "low": float(low), "high": float(high)}
+    picks = generator.integers(both.shape[1], size=(RESAMPLES, both.shape[1]))
+    return np.concatenate([both.mean(1, keepdims=True), both[:, picks].mean(-1)], axis=1)
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+    """The first value with the 95 % interval of the others."""
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return {"percent": float(values[0]), "low": float(low), "high": float(high)}
+
+
+def above_random(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """By how many points the router is above chance, share by share, over all seeds."""
+    prefix = f"{RULES[0]}, "
+    shares = [name.removeprefix(prefix) for name in results[0]["arms"] if name.startswith(prefix)]
+
+    def right(arm: str) -> list[bool]:
+        return [value for result in results for value in result["arms"][arm]["right"]]
+
+    return {share: lead(right(f"{prefix}{share}"), right(f"random, {share}")) for share in shares}
 
 
 def curve(arms: Mapping[str, Any], rule: str) -> list[tuple[float, float, str]]:
