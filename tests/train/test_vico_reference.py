@@ -14,6 +14,7 @@ from tests.train.small_pairs import mpo_config
 from tests.train.small_run import QUIET
 from tests.train.small_vico import Stripes, stripes, vico_config
 
+from cascadevl.data.collate import num_tokens
 from cascadevl.data.consistency import ConsistencyCollate, with_full_tiles
 from cascadevl.data.mixture import WeightedSource
 from cascadevl.errors import ConfigError, TrainingError
@@ -85,6 +86,24 @@ def test_every_target_has_what_the_model_thinks_with_full_tiles(
     assert 0 < num_compressed < 12  # so that some were drawn compressed, and stored full
     files = sorted(file.name for file in (tmp_path / "run" / "reference").iterdir())
     assert files == ["facts.json", *(f"part-{n:06d}.safetensors" for n in range(3))]
+
+
+def test_what_fits_a_row_only_when_it_is_compressed_is_known_too(
+    start: Path, tmp_path: Path
+) -> None:
+    """Rows of 48 tokens, padded: the picture's sixteen tokens are too many, four are not."""
+    tight = {"batch__packing": "fill", "batch__row_tokens": 48, "batch__fixed_rows": True}
+    config = vico_config(tmp_path / "run", start, vico__reference="stored", **tight)
+    once = Pass(config)
+    examples = [once.build(Stripes()[number]) for number in range(12)]
+    full = [num_tokens(with_full_tiles(example), 16) for example in examples]
+    compressed = [num_tokens(replace(e, tokens_per_tile=(4,) * e.num_tiles), 16) for e in examples]
+    assert max(full) > 48 >= max(compressed)
+    found = once()
+    assert all(found(example) is not None for example in examples)
+    config = replace(config, data=replace(config.data, max_skipped_share=1.0))
+    config = replace(config, run=replace(config.run, out=tmp_path / "other", num_steps=3))
+    assert vico(config, sources=stripes(12), console=QUIET).finished
 
 
 def test_a_record_is_known_in_every_epoch(start: Path, tmp_path: Path) -> None:

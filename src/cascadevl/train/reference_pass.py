@@ -127,7 +127,7 @@ def stored_parts(
 def rows_of(
     records: Iterator[Record], build: Builder, tokens_per_tile: int, config: TrainConfig
 ) -> Iterator[list[list[Example]]]:
-    """The rows of each batch of some records, packed as training packs them.
+    """The rows of each batch of some records, by the rule of a run.
 
     What cannot be used, or is larger than a row, is left out: training meets it too, and counts it.
 

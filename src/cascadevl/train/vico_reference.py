@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cascadevl.data.consistency import ConsistencyCollate, targets_of, with_full_tiles
 from cascadevl.data.mixture import WeightedSource
 from cascadevl.data.pairs import digest
-from cascadevl.data.stream import Builder
+from cascadevl.data.stream import Builder, CollateConfig
 from cascadevl.errors import TrainingError
 from cascadevl.losses.vico import TopTokens, top_tokens
 from cascadevl.model.adapters import adapters_off
@@ -148,10 +148,14 @@ def stored_tokens(
         TrainingError: If the folder holds those of another model or of other settings, or a
             log-probability is not finite.
     """
+    # A sample that fits a row of the run compressed must find one here with full tiles.
+    row_tokens = max(config.batch.row_tokens, config.data.max_tokens)
+    roomy = replace(config, batch=replace(config.batch, row_tokens=row_tokens))
+    packed = replace(collate.packed, pad_to=None)
 
     def compute(records: Iterator[Record]) -> dict[str, Tensor]:
-        rows = rows_of(records, _full(build), collate.tokens_per_tile, config)
-        return _tensors(_known(model, rows, collate, accelerator.device, k))
+        rows = rows_of(records, _full(build), collate.tokens_per_tile, roomy)
+        return _tensors(_known(model, rows, packed, accelerator.device, k))
 
     files = stored_parts(
         model,
@@ -179,15 +183,15 @@ def _full(build: Builder) -> Builder:
 def _known(
     model: nn.Module,
     batches: Iterable[list[list[Example]]],
-    collate: ConsistencyCollate,
+    collate: CollateConfig,
     device: torch.device,
     k: int,
 ) -> list[tuple[bytes, TopTokens]]:
-    """What the model thinks of some examples, packed as training packs them."""
+    """What the model thinks of some examples."""
     known: list[tuple[bytes, TopTokens]] = []
     for rows in batches:
         examples = [example for row in rows for example in row]
-        batch = collate.packed(rows)
+        batch = collate(rows)
         numbers = targets_of(examples, batch)
         found = asked(model, batch.to(device), k).to("cpu")
         for example, last, number in zip(examples, accumulate(numbers), numbers, strict=True):
