@@ -19,6 +19,7 @@ from tests.engine.small_talk import build, model_for
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.critics import Critics
 from cascadevl.engine.engine import Engine
+from cascadevl.engine.guard import Guard
 from cascadevl.engine.requests import EngineConfig
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.serving.admission import ApiConfig
@@ -81,6 +82,7 @@ def answering(
     limits: Limits | None = None,
     fetcher: Fetcher | None = None,
     critics: Critics | None = None,
+    guard: Guard | None = None,
     **api: Any,
 ) -> Iterator[Served]:
     """Serve whoever answers."""
@@ -92,7 +94,7 @@ def answering(
         critics=critics or Critics(),
     )
     config = ApiConfig(model_name=NAME, **api)
-    with listening(Api(answers, asker, config, fetcher), **listen) as served:
+    with listening(Api(answers, asker, config, fetcher, guard), **listen) as served:
         yield served
 
 

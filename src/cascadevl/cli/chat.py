@@ -13,6 +13,7 @@ from cascadevl.cli.arguments import Subparsers, increment, positive_int
 from cascadevl.cli.best_of import add_best_of, critics_beside, wanted_best
 from cascadevl.cli.talk import HELP, Chat, check_picture
 from cascadevl.cli.thinking import add_thinking, opening_of
+from cascadevl.cli.verifying import add_verifying, verifier
 from cascadevl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
     add_best_of(parser)
+    add_verifying(parser)
     parser.set_defaults(run=run)
 
 
@@ -107,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         )
         answering = _answering(args, session)
     chat = Chat(answering, console, system=args.system, images=list(args.image), opening=opening)
+    chat.verify = verifier(args, session)
     if args.question is not None:
         chat.notes = Console(stderr=True)  # what goes into a pipe is the answer alone
         chat.ask(args.question)

@@ -20,6 +20,7 @@ from cascadevl.cli.serve_limits import (
     listen_config,
 )
 from cascadevl.cli.serve_members import add_vllm, engine_of, run_member, use_threads
+from cascadevl.cli.verifying import add_sources, open_guard
 from cascadevl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def add_parser(subparsers: Subparsers) -> None:
     add_safety(parser)
     _add_model(parser)
     add_reward_model(parser.add_argument_group("the best of several answers (best_of)"))
+    add_sources(parser.add_argument_group("checking answers (verify)"))
     _add_processes(parser)
     add_vllm(parser)
     parser.set_defaults(run=run)
@@ -179,7 +181,8 @@ def _serve(args: argparse.Namespace, answers: Answers, asker: Asker) -> None:
     from cascadevl.serving.run_server import ApiServer, serve
 
     config = api_config(args)
-    server = ApiServer(Api(answers, asker, config, fetcher_of(args)), listen_config(args))
+    guard = open_guard(args, asker.processor)
+    server = ApiServer(Api(answers, asker, config, fetcher_of(args), guard), listen_config(args))
     with logging_to(args.log):
         serve(server, lambda address: print(f"{config.model_name} at {address}/v1", flush=True))
 

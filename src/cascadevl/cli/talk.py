@@ -10,12 +10,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from cascadevl.cli.verifying import verdict_lines
 from cascadevl.cli.wording import worded
 from cascadevl.errors import CascadeVLError, RequestError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cascadevl.scoring.verdicts import Verification
     from cascadevl.serving.answer_parts import Piece
     from cascadevl.types import Message
 
@@ -91,6 +93,7 @@ class Chat:
         opening: What answers begin with that the prompt holds already: ``<think>`` where reasoning
             is forced, so that it is told from the answer, and stands in the conversation.
         is_reasoning: Whether the last piece that was printed is of the reasoning.
+        verify: Checks what is said in answer to a conversation; None where nothing is checked.
     """
 
     session: Session
@@ -103,6 +106,7 @@ class Chat:
     tiles: tuple[int, int] = (0, 0)
     opening: str = ""
     is_reasoning: bool = False
+    verify: Callable[[Sequence[Message], str], Verification | None] | None = None
 
     def talk(self, read: Callable[[], str]) -> None:
         """Read commands and questions until ``/quit`` or the end of the input.
@@ -152,8 +156,17 @@ class Chat:
             self._note("cut off; a larger --max-new-tokens lets an answer end by itself", "yellow")
         if reply.note:
             self._note(reply.note, "dim")
-        self.messages = [*start, Message.of("assistant", answer)]
+        self.messages = [*start, Message.of("assistant", self._checked(start, answer))]
         self.images = []
+
+    def _checked(self, start: Sequence[Message], answer: str) -> str:
+        """What the conversation goes on with: the answer without what is withdrawn."""
+        found = None if self.verify is None else self.verify(start, answer)
+        if found is None:
+            return answer
+        for line, style in verdict_lines(found):
+            self._note(_CONTROL.sub("\ufffd", line), style)
+        return found.text or answer
 
     def _show_answer(self, reply: Reply) -> str:
         """Print an answer as it comes, its reasoning where notes go; gives all that was said."""

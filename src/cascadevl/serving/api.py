@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from cascadevl.engine.best_of_n import Candidate
+from cascadevl.engine.guard import Guard
 from cascadevl.engine.requests import Completion
 from cascadevl.engine.requests import Request as EngineRequest
 from cascadevl.errors import CascadeVLError
@@ -39,6 +40,7 @@ from cascadevl.serving.openai_answers import (
     chat_completion,
     sum_of,
     usage_of,
+    whole_of,
 )
 from cascadevl.serving.openai_prompts import Asked, Asker
 from cascadevl.serving.openai_replies import sent
@@ -46,6 +48,7 @@ from cascadevl.serving.openai_schema import Asking, ChatRequest, CompletionReque
 from cascadevl.serving.openai_texts import TextEvents, best, text_choice, text_completion
 from cascadevl.serving.remote import Fetcher, Room
 from cascadevl.serving.remote_pictures import fetch_pictures
+from cascadevl.serving.verifying import Verifier
 from cascadevl.serving.waiting import merged, together, unless_gone
 
 Body = TypeVar("Body", bound=Asking)
@@ -58,7 +61,12 @@ class Api:
     """Answers HTTP requests."""
 
     def __init__(
-        self, answers: Answers, asker: Asker, config: ApiConfig, fetcher: Fetcher | None = None
+        self,
+        answers: Answers,
+        asker: Asker,
+        config: ApiConfig,
+        fetcher: Fetcher | None = None,
+        guard: Guard | None = None,
     ) -> None:
         """Begin with nothing in hand.
 
@@ -67,11 +75,13 @@ class Api:
             asker: Makes requests of bodies.
             config: Limits.
             fetcher: Fetches pictures by their addresses; None if none is fetched.
+            guard: Checks answers where a request asks for it; one without documents if not given.
         """
         self.answers, self.asker, self.config = answers, asker, config
         self.metrics = Metrics(answers.stats)
         self.admission = Admission(config, self.metrics, answers.stats)
         self._fetcher = fetcher
+        self._verifier = Verifier(answers=answers, guard=guard or Guard(processor=asker.processor))
         self.started = int(time.time())
         self.is_draining = False
         self._words = Words(asker.processor)
@@ -109,21 +119,45 @@ class Api:
 
         async def whole(body: ChatRequest, asked: Asked) -> BaseModel:
             if asked.choice is not None:
-                return best_completion(asked, await self._candidates(asked), head, self._words)
-            answers = await self._answers(asked.request)
-            return chat_completion(asked, answers, head, self._words)
+                reply = best_completion(asked, await self._candidates(asked), head, self._words)
+            else:
+                answers = await self._answers(asked.request)
+                reply = chat_completion(asked, answers, head, self._words)
+            for choice in reply.choices if body.verify else ():
+                choice.verification = await self._verifier(body, asked, choice.message.content)
+            return reply
 
-        async def events(body: ChatRequest, asked: Asked) -> AsyncGenerator[bytes, None]:
-            stream = ChatStream(asked, head, self._words)
-            async with aclosing(self._timed(asked)) as outputs:
-                async for output in outputs:
-                    for event in stream.take(output):
-                        yield _event(event)
-            if body.stream_options is not None and body.stream_options.include_usage:
-                yield _event(stream.usage())
-            yield _DONE
+        def ask(body: ChatRequest) -> Asked:
+            asked = self.asker.chat(body)
+            self._verifier.check(body, asked)
+            return asked
 
-        return await self._reply(request, "chat", ChatRequest, self.asker.chat, whole, events)
+        return await self._reply(
+            request,
+            "chat",
+            ChatRequest,
+            ask,
+            whole,
+            lambda body, asked: self._chat_events(body, asked, head),
+        )
+
+    async def _chat_events(
+        self, body: ChatRequest, asked: Asked, head: Head
+    ) -> AsyncGenerator[bytes, None]:
+        stream = ChatStream(asked, head, self._words)
+        ended: list[Completion] = []
+        async with aclosing(self._timed(asked)) as outputs:
+            async for output in outputs:
+                if isinstance(output, Completion):
+                    ended.append(output)
+                for event in stream.take(output):
+                    yield _event(event)
+        for answer in ended if body.verify else ():
+            found = await self._verifier(body, asked, whole_of(asked, answer).content)
+            yield _event(stream.verified(answer.sample, found))
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield _event(stream.usage())
+        yield _DONE
 
     async def completions(self, request: Request) -> Response:
         """Continue texts."""

@@ -19,6 +19,7 @@ from cascadevl.serving.answer_parts import (
     Content,
     Piece,
     Reasoning,
+    WholeAnswer,
     joined,
 )
 from cascadevl.serving.openai_prompts import Asked
@@ -39,6 +40,7 @@ from cascadevl.serving.openai_replies import (
     ToolCall,
     TopLogprob,
     Usage,
+    VerificationReply,
 )
 
 
@@ -206,9 +208,14 @@ def best_completion(
     )
 
 
-def _chat_choice(asked: Asked, answer: Completion, words: Words, index: int) -> ChatChoice:
+def whole_of(asked: Asked, answer: Completion) -> WholeAnswer:
+    """An answer taken apart."""
     parts = parts_of(asked)
-    whole = joined([*parts.push(answer.text), *parts.flush()])
+    return joined([*parts.push(answer.text), *parts.flush()])
+
+
+def _chat_choice(asked: Asked, answer: Completion, words: Words, index: int) -> ChatChoice:
+    whole = whole_of(asked, answer)
     fields: dict[str, Any] = {}
     if whole.reasoning:
         fields["reasoning_content"] = whole.reasoning
@@ -292,6 +299,12 @@ class ChatStream:
             choice.last = output  # whether it is shown is known with the whole answer
             return events
         return events + self._token(choice, output, choice.parts.push(output.text))
+
+    def verified(self, sample: int, found: VerificationReply) -> ChatChunk:
+        """The event that says what was found of the claims of an answer."""
+        event = self._event(sample, ChatAnswer())
+        event.choices[0].verification = found
+        return event
 
     def usage(self) -> ChatChunk:
         """The event that says what the request took."""

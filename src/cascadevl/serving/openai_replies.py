@@ -10,6 +10,8 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel
 
+from cascadevl.scoring.verdicts import Finding, Verdict
+
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
 
 LEAST_LOGPROB = -9999.0
@@ -86,10 +88,46 @@ class StepScore(BaseModel):
     score: float
 
 
+class ClaimEvidence(BaseModel):
+    """What a source says of a claim: the picture, or a passage of a document."""
+
+    source: str
+    finding: Finding
+    probability: float | None
+    passage: str | None
+
+
+class CheckedClaim(BaseModel):
+    """A claim of an answer, what becomes of it, and why."""
+
+    text: str
+    question: str
+    is_negative: bool
+    verdict: Verdict
+    probability: float | None
+    reason: str
+    evidence: list[ClaimEvidence]
+
+
+class VerificationReply(BaseModel):
+    """An answer whose claims were checked.
+
+    Attributes:
+        text: The answer without what is withdrawn.
+        claims: All of them, in order.
+        num_probes: Questions that were asked for it; ``usage`` does not count them.
+    """
+
+    text: str
+    claims: list[CheckedClaim]
+    num_probes: int
+
+
 class ChatChoice(BaseModel):
     """One of the answers.
 
     Attributes:
+        verification: With ``verify``, its claims.
         score: With ``best_of``, what speaks for it: the reward model's score, or its share of the
             votes. The best one comes first.
         step_scores: With a process reward model, each of its steps.
@@ -101,6 +139,7 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
     score: float | None = None
     step_scores: list[StepScore] | None = None
+    verification: VerificationReply | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -120,12 +159,17 @@ class ChatCompletion(BaseModel):
 
 
 class ChatDelta(BaseModel):
-    """A piece of one of the answers."""
+    """A piece of one of the answers.
+
+    Attributes:
+        verification: With ``verify``, its claims, in an event of their own after its end.
+    """
 
     index: int
     delta: ChatAnswer
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
+    verification: VerificationReply | None = None
 
 
 class ChatChunk(BaseModel):

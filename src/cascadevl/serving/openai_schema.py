@@ -226,6 +226,8 @@ class ChatRequest(Asking):
             vote ends when its leader cannot be overtaken.
         stop_score: With ``round_size``, an answer of this score ends the drawing.
         increment: Position step of visual tokens (V2PE); left out, the model's own rule.
+        verify: Whether the claims of the answer are held against the pictures and the server's
+            documents; what was found comes with each choice.
         visual_budget: Which tiles a Flash model keeps full: ``full``, ``compressed``, a share
             (0.5 or ``50%``), ``threshold=P`` or ``threshold=P,quantile=Q``; left out, the server's
             default, or else the model's own thresholds.
@@ -246,6 +248,7 @@ class ChatRequest(Asking):
     stop_score: Annotated[float, Field(ge=0, le=1)] | None = None
     increment: Annotated[float, Field(gt=0, le=1)] | None = None
     visual_budget: Annotated[float, Field(ge=0, le=1)] | str | None = None
+    verify: bool | None = None
 
 
 class CompletionRequest(Asking):
