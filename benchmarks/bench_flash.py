@@ -267,7 +267,9 @@ def expected(config: CascadeVLConfig, side: str, measure: str, args: argparse.Na
         pairs=causal_pairs([tokens]),
     )
     cost = forward_flops(config, work)
-    flops = cost.total if encodes else cost.total - cost.vision
+    flops = cost.total
+    if not encodes:  # the plain side is given visual tokens, the others patch features
+        flops -= cost.vision + (cost.projector if side == PLAIN else 0.0)
     if encodes and side != PLAIN:
         flops += router_flops(config, args.tiles)
     return flops

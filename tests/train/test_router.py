@@ -16,6 +16,7 @@ from cascadevl.data.mixture import WeightedSource
 from cascadevl.data.row_stream import RowStream
 from cascadevl.data.tiling import normalise
 from cascadevl.errors import ConfigError, DataError
+from cascadevl.model.loading import save
 from cascadevl.model.routing import Thresholds, budget_for, compressed_tiles
 from cascadevl.train.checkpoint import latest, load
 from cascadevl.train.loss_journal import TileLosses
@@ -191,6 +192,20 @@ def test_without_a_reference_the_model_is_its_own(start: Start, tmp_path: Path) 
     losses = [each for each in entries(tmp_path / "run" / LOSSES) if not each["fault"]]
     assert all(abs(each["full"]) < 1e-6 for each in losses)
     assert all(max(each["compressed"]) > 1e-6 for each in losses)
+
+
+def test_layers_that_released_code_never_runs_stay_as_they_are(
+    start: Start, tmp_path: Path
+) -> None:
+    model, processor = cascadevl.load(start[0], dtype=torch.float32)
+    model.config.flash_layers = "released"
+    save(model, processor, tmp_path / "released")
+    run(tmp_path / "run", (tmp_path / "released", start[1]), optim__weight_decay=0.5)
+    after, _ = cascadevl.load(tmp_path / "run/model", dtype=torch.float32)
+    before, weights = model.state_dict(), after.state_dict()
+    for number in range(4):
+        name = f"model.router.pooling.{number}.out_proj.weight"
+        assert torch.equal(before[name], weights[name]) == (number > 1)
 
 
 def some_records(number: int) -> list[LabelledRecord]:

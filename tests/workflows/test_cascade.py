@@ -169,6 +169,9 @@ def test_the_shipped_configurations_can_be_read() -> None:
         config = load_config(CascadeConfig, files=[Path(f"configs/cascade_{name}.yaml")])
         assert config.mpo.optim.lr > 0
         assert config.gspo.rollout.group == 16
+    flash = load_config(CascadeConfig, files=[Path("configs/cascade_flash_micro.yaml")])
+    assert flash.ordered == ("vico", "router")
+    assert flash.router.router.label == "ratio"
 
 
 def test_the_table() -> None:

@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(folder: Path, *overrides: str) -> CascadeConfig:
     meta = folder / "meta.json"
     own = [f"model={folder / 'start'}", f"out={folder / 'out'}"]
-    own += [f"{stage}.data.meta=[{meta}]" for stage in ("vico", "router")]
+    own += [f"{stage}.data.meta=[{meta}]" for stage in ("sft", "router")]  # vico takes that of sft
     return load_config(CascadeConfig, files=[folder / "cascade.yaml"], overrides=[*own, *overrides])
 
 
@@ -79,6 +79,7 @@ def test_the_router_is_trained_against_the_model_before_visual_consistency(folde
     assert summary.model == str(out / "router/run/model")
     done = json.loads((out / "router" / DONE).read_text("utf-8"))
     assert done["place"]["reference"] == str(folder / "start")
+    assert str(folder / "meta.json") in (out / "vico/run/config.yaml").read_text("utf-8")
     assert f"reference: {folder / 'start'}" in (out / "router/run/config.yaml").read_text("utf-8")
     assert done["facts"]["labelled"] == 8 * 3
     assert done["flops"] > 0

@@ -192,6 +192,12 @@ def _start(
         )
     set_precision(model, config.model.precision)
     model.freeze(vision=True, projector=True, language=True, router=False)
+    trained = model.model.router
+    assert trained is not None, "checked"
+    for number, layer in enumerate(trained.pooling):
+        layer.requires_grad_(
+            number in trained.order
+        )  # what released code never runs stays as it is
     nn.Module.to(model, accelerator.device)
     model.train(False)
     return model, processor

@@ -112,9 +112,9 @@ class CascadeConfig:
         mpo: Offline RL.
         filter: Which questions are kept.
         gspo: Online RL; its own questions count only if the cascade has none.
-        vico: Visual consistency, for models that compress tiles; on the data of ``sft``, says the
-            report.
-        router: Training of the router; what ``vico`` began with is its reference.
+        vico: Visual consistency, for models that compress tiles; on the data of ``sft`` unless it
+            names others.
+        router: Training of the router, on the same rule; what ``vico`` began with is its reference.
         exam: What every model is asked.
         out: Folder; each stage has one in it.
     """

@@ -225,7 +225,7 @@ def _gspo(config: CascadeConfig, place: Place, console: Console) -> Done:
 
 
 def _vico(config: CascadeConfig, place: Place, console: Console) -> Done:
-    run = _placed(config.vico, config, "vico", place)
+    run = _on_sft_data(_placed(config.vico, config, "vico", place), config)
     result = vico(run, console=console)
     done = _trained(result, run, "vico", place)
     # The reference reads every sample, or every record once, with full tiles.
@@ -290,7 +290,7 @@ def placed_gspo(config: CascadeConfig, place: Place) -> GSPOConfig:
 
 def placed_router(config: CascadeConfig, place: Place) -> RouterConfig:
     """The run of the router, its reference the model that visual consistency began with."""
-    run = _placed(config.router, config, "router", place)
+    run = _on_sft_data(_placed(config.router, config, "router", place), config)
     if place.reference is None:
         return run
     return replace(run, router=replace(run.router, reference=place.reference))
@@ -303,6 +303,13 @@ def _placed(run: ConfigT, config: CascadeConfig, stage: StageName, place: Place)
     if place.model is not None:
         model = replace(model, path=place.model, preset=None, tokenizer=None)
     return replace(run, model=model, run=replace(run.run, out=out, resume=True))
+
+
+def _on_sft_data(run: ConfigT, config: CascadeConfig) -> ConfigT:
+    """A run that names no data is given those of SFT, as in the report."""
+    if run.data.meta:
+        return run
+    return replace(run, data=replace(run.data, meta=config.sft.data.meta))
 
 
 def _trained(result: TrainResult, run: TrainConfig, stage: StageName, place: Place) -> Done:
