@@ -116,6 +116,22 @@ def test_keys_a_log_and_no_home(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_a_server_with_a_reward_model_gives_the_best_of_several():
+    with served("--reward-model", "micro", "--step-lines") as (_, client):
+        reply = client.with_options(timeout=200).chat.completions.create(
+            model="micro",
+            messages=[{"role": "user", "content": "What is 27 + 45?"}],
+            max_tokens=60,
+            n=2,
+            extra_body={"best_of": 3},
+        )
+    scores = [choice.model_dump()["score"] for choice in reply.choices]
+    assert len(scores) == 2
+    assert all(0 < score < 1 for score in scores)
+    assert reply.model_dump()["num_drawn"] == 3
+
+
+@pytest.mark.slow
 def test_two_halves_as_processes_answer_and_all_end_with_the_front():
     with served("--vision", "1", "--language", "1") as (process, client):
         picture = PIL.Image.new("RGB", (200, 100), "white")

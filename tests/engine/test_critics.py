@@ -18,7 +18,7 @@ from cascadevl.engine.process_reward import ProcessRewardConfig, ProcessRewardMo
 from cascadevl.engine.requests import EngineConfig, Request
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import CheckpointError, ConfigError
-from cascadevl.model.adapter_files import save_adapter, with_adapter
+from cascadevl.model.adapter_files import is_adapter_of, save_adapter, with_adapter
 from cascadevl.model.adapters import adapter_parameters, adapts_only_language
 from cascadevl.train.lora import LoraConfig, add_adapters
 from cascadevl.types import Message
@@ -99,6 +99,33 @@ def test_an_adapter_of_the_vision_half_looks_for_itself(base: Path, tmp_path: Pa
     alone = ProcessRewardModel(*cascadevl.load(folder))(ASKED, SOLUTIONS)
     assert [e.score for e in found] == pytest.approx([e.score for e in alone], abs=1e-5)
     assert engine.stats().encoded_tiles == 0
+
+
+def test_an_engine_that_is_stepped_elsewhere_is_not_asked_for_features(
+    base: Path, tmp_path: Path
+) -> None:
+    """The judge looks at a picture once, however many rounds it judges."""
+    folder, engine = adapter(base, tmp_path / "judge"), engine_of(base)
+    critics = adapter_critics(engine, folder, shares_features=False)
+    assert isinstance(critics.process, ProcessRewardModel)
+    calls = list[int]()
+    tower = critics.process.model.model.vision_tower
+    tower.register_forward_hook(lambda _, __, output: calls.append(len(output[0])))
+    shared = adapter_critics(engine_of(base), folder).process
+    assert shared is not None
+    for texts in (SOLUTIONS[:1], SOLUTIONS[1:]):
+        found, other = critics.process(ASKED, texts), shared(ASKED, texts)
+        assert [e.score for e in found] == pytest.approx([e.score for e in other], abs=1e-5)
+    assert len(calls) == 1
+    assert engine.stats().encoded_tiles == 0
+
+
+def test_an_adapter_knows_its_base(base: Path, tmp_path: Path) -> None:
+    folder, model = adapter(base, tmp_path / "judge"), cascadevl.load(base)[0]
+    assert is_adapter_of(model, folder)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    assert not is_adapter_of(model, folder)
 
 
 def test_what_cannot_be_shared_is_refused(base: Path, tmp_path: Path) -> None:

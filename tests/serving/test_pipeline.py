@@ -25,7 +25,7 @@ from tests.serving.small_dvd import (
 )
 
 from cascadevl.engine.engine import Engine
-from cascadevl.engine.requests import Completion, EngineConfig, Request, TokenOutput
+from cascadevl.engine.requests import Completion, EngineConfig, Request, TextIds, TokenOutput
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import RequestError, ServerError
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
@@ -66,6 +66,20 @@ def test_one_process_gives_the_answers_of_the_engine_to_the_bit():
     wishes = requests(PROCESSOR, num_samples=2, sampling=DRAWN)
     coupled = Coupled(Engine(MODEL, PROCESSOR, INVARIANT))
     assert facts(asyncio.run(asked(coupled, wishes))) == facts(by_engine(wishes))
+
+
+def test_a_budget_of_reasoning_is_kept_wherever_the_language_half_is():
+    ids = PROCESSOR.tokenizer("one two<think>\n", add_special_tokens=False).input_ids
+    start = PROCESSOR.tokenizer("<think>\n", add_special_tokens=False).input_ids
+    prompt = (TextIds(tuple(ids[: -len(start)])), TextIds(tuple(start)))
+    sampling = SamplingParams(max_tokens=20, ignore_eos=True)
+    wishes = [Request(prompt=prompt, sampling=sampling, thinking_budget=n) for n in (None, 3)]
+    coupled = Coupled(Engine(MODEL, PROCESSOR, INVARIANT))
+    (free,), (held,) = asyncio.run(asked(coupled, wishes))
+    assert facts([(free,), (held,)]) == facts(by_engine(wishes))
+    assert held.token_ids[:3] == free.token_ids[:3]
+    assert "</think>" in held.text
+    assert "</think>" not in free.text
 
 
 BUDGETS = {

@@ -106,13 +106,16 @@ def wanted_best(args: argparse.Namespace) -> BestOfConfig | None:
     )
 
 
-def critics_beside(args: argparse.Namespace, engine: Engine | None) -> Critics:
+def critics_beside(
+    args: argparse.Namespace, engine: Engine | None, *, shares_features: bool = True
+) -> Critics:
     """The reward model that the arguments name, if they do.
 
     Args:
         args: With those of `add_reward_model`, and ``device``.
         engine: Of the model that answers, if it is in this process: an adapter of that model shares
             it.
+        shares_features: See `cascadevl.engine.critics.adapter_critics`.
 
     Raises:
         CheckpointError: If the reward model cannot be opened.
@@ -124,12 +127,16 @@ def critics_beside(args: argparse.Namespace, engine: Engine | None) -> Critics:
         return Critics()
     import cascadevl
     from cascadevl.cli.chat import usable_device
-    from cascadevl.model.adapter_files import is_adapter_folder
+    from cascadevl.model.adapter_files import is_adapter_folder, is_adapter_of
     from cascadevl.model.loading import find
 
     folder, config = find(args.reward_model), _scoring(args)
-    if engine is not None and is_adapter_folder(folder):
-        return adapter_critics(engine, folder, config)
+    if (
+        engine is not None
+        and is_adapter_folder(folder)
+        and (engine.is_packed or is_adapter_of(engine.model, folder))
+    ):
+        return adapter_critics(engine, folder, config, shares_features=shares_features)
     model, processor = cascadevl.load(folder, device=usable_device(args.device))
     return critics_of(model, processor, config)
 

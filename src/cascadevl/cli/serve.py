@@ -201,7 +201,9 @@ def _run_coupled(args: argparse.Namespace) -> int:
     model, processor = cascadevl.load(args.model, device=usable_device(args.device))
     use_threads(args.threads or _share_of_cores(2))
     engine = engine_of(args, model, processor)
-    asker = _asker(args, processor, model.config, critics_beside(args, engine))
+    asker = _asker(
+        args, processor, model.config, critics_beside(args, engine, shares_features=False)
+    )
     _serve(args, Coupled(engine), asker)
     return 0
 

@@ -13,6 +13,7 @@ from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.best_of_n import BestOfConfig, ByReward, ByVotes, Scorer, Selection
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.process_reward import Encode, ProcessRewardConfig, ProcessRewardModel
+from cascadevl.engine.vision import tile_encoder
 from cascadevl.errors import ConfigError
 from cascadevl.model.adapter_files import with_adapter
 from cascadevl.model.adapters import adapts_only_language
@@ -69,12 +70,13 @@ def critics_of(
         model: Trained as a process reward model.
         processor: Its processor.
         config: How solutions are scored.
-        encode: See `ProcessRewardModel`.
+        encode: See `ProcessRewardModel`; None encodes with the model itself, and remembers what it
+            has seen, because answers that are drawn in rounds are judged in rounds.
 
     Raises:
         ConfigError: If it cannot be one.
     """
-    config = config or ProcessRewardConfig()
+    config, encode = config or ProcessRewardConfig(), encode or tile_encoder(model)
     whole = replace(config, rules=replace(config.rules, max_steps=1))
     return Critics(
         process=ProcessRewardModel(model, processor, config, encode=encode),
@@ -83,7 +85,11 @@ def critics_of(
 
 
 def adapter_critics(
-    engine: Engine, adapter: Path, config: ProcessRewardConfig | None = None
+    engine: Engine,
+    adapter: Path,
+    config: ProcessRewardConfig | None = None,
+    *,
+    shares_features: bool = True,
 ) -> Critics:
     """A reward model that is an adapter of the model that answers.
 
@@ -91,6 +97,8 @@ def adapter_critics(
         engine: Answers, with the base model as it is stored, and a processor.
         adapter: Folder of the adapter.
         config: How solutions are scored.
+        shares_features: Whether visual tokens are taken from the engine. Not where it is stepped in
+            another thread without a pause: who asks it for them would wait long.
 
     Raises:
         CheckpointError: If the adapter is of another model, or cannot be opened.
@@ -103,5 +111,6 @@ def adapter_critics(
         )
     assert engine.processor is not None, "questions are prepared with the engine's processor"
     model = with_adapter(engine.model, adapter)
-    encode = engine.visual_tokens if adapts_only_language(model) else None
+    shares_features = shares_features and adapts_only_language(model)
+    encode = engine.visual_tokens if shares_features else None
     return critics_of(model, engine.processor, config, encode=encode)

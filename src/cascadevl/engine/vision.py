@@ -16,13 +16,13 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from cascadevl.data.tiling import normalise
 from cascadevl.engine.contents import Content
 from cascadevl.engine.jobs import Chunk, Job
-from cascadevl.engine.prompts import Tile
+from cascadevl.engine.prompts import Tile, tiles_of
 from cascadevl.engine.scheduler import Limit
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.types import VisualFeatures
@@ -242,6 +242,23 @@ class VisionCache:
             key, encoded = self._kept.popitem(last=False)
             self._unused.discard(key)
             self._bytes -= encoded.num_bytes
+
+
+def tile_encoder(
+    model: CascadeVLForConditionalGeneration, max_bytes: int = 2**28
+) -> Callable[[UInt8[np.ndarray, "tiles px px 3"]], Float[Tensor, "visual hidden"]]:
+    """A function that gives the visual tokens of tiles, all full, and remembers them.
+
+    Args:
+        model: Encodes.
+        max_bytes: Memory for what is remembered.
+    """
+    cache = VisionCache(model, max_bytes)
+
+    def encode(tiles: UInt8[np.ndarray, "tiles px px 3"]) -> Float[Tensor, "visual hidden"]:
+        return torch.cat(cache.features(tiles_of(tiles, model.config)))
+
+    return encode
 
 
 def _of_tile(features: VisualFeatures, number: int) -> Encoded:

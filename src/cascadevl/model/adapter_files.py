@@ -85,6 +85,17 @@ def base_of(path: Path) -> str:
     return str(base)
 
 
+def is_adapter_of(model: CascadeVLForConditionalGeneration, path: Path) -> bool:
+    """Whether the adapter in a folder was trained on this model's weights, as far as it says so.
+
+    Args:
+        model: A model without adapters.
+        path: A folder that `save_adapter` or peft wrote.
+    """
+    own = read_json(path / OWN_FILE) if (path / OWN_FILE).is_file() else {}
+    return "base_fingerprint" in own and own["base_fingerprint"] == fingerprint(model)
+
+
 def put_adapter(model: CascadeVLForConditionalGeneration, path: Path) -> None:
     """Put the adapter in a folder into its base model, in place, in the base weights' type.
 
