@@ -67,6 +67,10 @@ from cascadevl.workflows.thinking_data import make_thinking_data
 SYSTEM = "Think first."
 """Thinking system prompt: the released page is longer than micro's questions."""
 
+TEMPERATURE = 0.7
+"""Of all that is drawn (VisualPRM's best of N). Its solutions and continuations were drawn at 1,
+where micro goes on rightly so rarely that nearly every step would be labelled wrong."""
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 NUMBERS = (2, 4, 8, 16, 32)
 KINDS = ("add", "subtract", "multiply", "sum")
@@ -182,7 +186,7 @@ def opened(path: Path) -> tuple[EngineBackend, CascadeVLProcessor]:
 def reward_model(policy: Path, size: Size, out: Path, seed: int) -> tuple[Path, dict[str, Any]]:
     """A reward model of solutions of the policy, and what its data are like."""
     backend, processor = opened(policy)
-    sampling = SamplingParams(temperature=1.0, max_tokens=size.max_tokens, seed=seed)
+    sampling = SamplingParams(temperature=TEMPERATURE, max_tokens=size.max_tokens, seed=seed)
     asked = grouped(size, size.judged_scenes, JUDGED_SEED + 1000 * seed)
     rollouts = RolloutConfig(out=out / "store", num_samples=4, sampling=sampling, system=SYSTEM)
     sample_rollouts(asked, rollouts, processor, backend, weight_version="policy")
@@ -275,11 +279,11 @@ def answers(
     size: Size,
     seed: int,
 ) -> list[tuple[Completion, ...]]:
-    """Answers drawn to each question, with worked steps (VisualPRM: temperature 0.7)."""
+    """Answers drawn to each question, with worked steps."""
     requests = []
     for problem in asked:
         own = seed_of(seed, problem.problem_id)
-        sampling = SamplingParams(temperature=0.7, max_tokens=size.max_tokens, seed=own)
+        sampling = SamplingParams(temperature=TEMPERATURE, max_tokens=size.max_tokens, seed=own)
         request = request_of(processor, problem, SYSTEM, sampling)
         requests.append(replace(request, num_samples=size.num_samples))
     return generate(backend, requests)
