@@ -68,7 +68,7 @@ WRONG: dict[str, tuple[object, str | None, str]] = {
     "no tokens": (chat(max_tokens=0), "max_tokens", "greater than or equal to 1"),
     "a penalty": (chat(presence_penalty=1.0), "presence_penalty", "repetition_penalty"),
     "a bias": (chat(logit_bias={"5": 1.0}), "logit_bias", "leave it out"),
-    "best of": (chat(best_of=2), None, "critic"),
+    "best of": (chat(best_of=2, n=3), None, "best_of is 2, but n is 3"),
     "a file": (of_picture("/etc/passwd"), None, "data URL"),
     "a file address": (of_picture("file:///etc/passwd"), None, "data URL"),
     "an address": (of_picture("http://127.0.0.1/a.png"), None, "data URL"),
