@@ -2,10 +2,11 @@
 # `make PYTHON=/path/to/python3.12 setup` chooses the Python; otherwise the first one that fits.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm check test test-slow bench demo nano micro docs clean
+.PHONY: help setup setup-vllm setup-web check test test-slow bench demo nano micro docs clean
 
 BIN := .venv/bin
 STAMP := .venv/.setup-stamp
+WEB := .venv-web/.setup-stamp
 VLLM := 0.32.0
 VLLM_TORCH := 2.13.0
 # Two workers with one thread each: more threads than cores make torch wait for itself.
@@ -40,6 +41,21 @@ $(STAMP): pyproject.toml constraints.txt
 	@# torch first and alone, so that the build on hand for this machine (CPU or CUDA) is taken.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup-web: $(WEB) ## build .venv-web: gradio beside .venv, and Chromium, which one test needs
+
+$(WEB): $(STAMP)
+	@# gradio wants an older pillow than the one in constraints.txt: so it has a place of its own,
+	@# which sees all else that .venv holds.
+	$(BIN)/python -m venv .venv-web
+	.venv-web/bin/python -c 'import site; from pathlib import Path; here = site.getsitepackages()[0]; \
+		there = Path(here.replace(".venv-web", ".venv")); \
+		Path(here, "main.pth").write_text(f"import site; site.addsitedir({str(there)!r})\n")'
+	grep -v '^pillow=' constraints.txt > .venv-web/constraints.txt
+	.venv-web/bin/python -m pip install --quiet --constraint .venv-web/constraints.txt gradio
+	@command -v chromium google-chrome >/dev/null || { \
+		echo "installing Chromium"; apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 	@touch $@
 
 setup-vllm: $(STAMP) ## build .venv-vllm: vLLM for the CPU, 3.5 GB, which one slow test needs

@@ -28,6 +28,7 @@ EXTRAS = {
     "zmq",
     "msgspec",
     "prometheus_client",
+    "gradio",
     "simpy",
 }
 """What only an extra of pyproject.toml installs."""
@@ -53,7 +54,7 @@ def test_importing_the_package_loads_nothing_heavy_and_no_extra():
 def test_help_of_the_command_line_loads_nothing_heavy_and_no_extra():
     code = """
 from cascadevl.cli.main import main
-for words in ([], ["train", "sft"], ["chat"], ["serve"], ["plan"]):
+for words in ([], ["train", "sft"], ["chat"], ["serve"], ["web"], ["plan"]):
     try:
         main([*words, "--help"])
     except SystemExit as done:

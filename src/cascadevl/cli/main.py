@@ -27,6 +27,7 @@ from cascadevl.cli import (
     serve,
     show,
     train,
+    web,
     zoo,
 )
 from cascadevl.cli.wording import worded
@@ -44,6 +45,7 @@ COMMANDS = (
     chat,
     generate,
     serve,
+    web,
     plan,
     show,
     train,

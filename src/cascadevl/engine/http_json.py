@@ -122,7 +122,7 @@ class HttpServer:
         return self._persist(path, json.dumps(body).encode(), seed, stop)
 
     @contextmanager
-    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[str]]:
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Events]:
         """Send JSON and give the data of the server-sent events as they come; asked once.
 
         Leaving the context closes the connection, by which servers know that nobody waits.
@@ -138,7 +138,7 @@ class HttpServer:
         """
         try:
             with self._opened(path, json.dumps(body).encode()) as response:
-                yield _events(response)
+                yield Events(response)
         except _PassingFailure as failure:
             raise RequestError(f"{self.endpoint(path)}: {failure}; is the server up?") from failure
 
@@ -205,8 +205,24 @@ class HttpServer:
         return RequestError(f"{self.endpoint(path)}: {status}; {remedy}")
 
 
-def _events(response: http.client.HTTPResponse) -> Iterator[str]:
-    """The data of server-sent events, up to ``[DONE]``."""
+class Events(Iterator[str]):
+    """The data of server-sent events, up to ``[DONE]``.
+
+    Attributes:
+        headers: Of the response, their names in small letters.
+    """
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        """Read a response as it comes."""
+        self.headers = {name.lower(): value for name, value in response.headers.items()}
+        self._data = _data(response)
+
+    def __next__(self) -> str:
+        """The next event."""
+        return next(self._data)
+
+
+def _data(response: http.client.HTTPResponse) -> Iterator[str]:
     for line in response:
         name, _, data = line.decode("utf-8", "replace").strip().partition(":")
         if name == "data":

@@ -96,6 +96,8 @@ class InHand:
         """
         self._admission, self._request, self._route = admission, request, route
         self._start: float | None = time.monotonic()
+        self._lap = self._start
+        self._laps: dict[str, float] = {}
         self._num_bytes = 0
         admission.num_open += 1
         admission.metrics.begun()
@@ -132,6 +134,21 @@ class InHand:
         if self._admission.num_held_bytes > self._admission.config.max_held_bytes:
             raise later("the pictures of all requests in hand are too large together")
 
+    def lap(self, stage: str) -> None:
+        """Note that a stage has ended, and the next one begins.
+
+        Args:
+            stage: Its name.
+        """
+        now = time.monotonic()
+        self._laps[stage], self._lap = now - self._lap, now
+
+    @property
+    def timing(self) -> dict[str, str]:
+        """The header that tells a client how long each stage took so far, in milliseconds."""
+        laps = (f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in self._laps.items())
+        return {"Server-Timing": ", ".join(laps)}
+
     def end(self, status: int) -> None:
         """Count it as ended; only the first word counts.
 
@@ -146,6 +163,7 @@ class InHand:
         self._admission.metrics.ended(self._route, status, seconds)
         facts: dict[str, Any] = self._request.scope["state"].get("facts", {})
         facts["status"] = status  # a stream may fail after its head was sent
+        facts |= {f"{stage}_s": round(seconds, 4) for stage, seconds in self._laps.items()}
 
     def _check(self, num_bytes: int) -> None:
         limit = self._admission.config.max_body_bytes

@@ -165,7 +165,7 @@ class Api:
 
         async def whole(body: CompletionRequest, asked: list[Asked]) -> BaseModel:
             found = await together([self._answers(each.request) for each in asked])
-            usage = sum_of([usage_of([each.usage for each in answers]) for answers in found])
+            usage = sum_of([usage_of(answers) for answers in found])
             shown = body.logprobs is not None
             chosen = [
                 answer
@@ -200,7 +200,7 @@ class Api:
                 for choice in streams[place * num_samples + output.sample].take(output):
                     yield _event(text_completion(head, [choice]))
         if body.stream_options is not None and body.stream_options.include_usage:
-            usage = sum_of([usage_of([each.usage for each in mine]) for mine in usages])
+            usage = sum_of([usage_of(mine) for mine in usages])
             yield _event(text_completion(head, [], usage))
         yield _DONE
 
@@ -227,14 +227,19 @@ class Api:
         try:
             content = await hand.body()
             body, asked = await unless_gone(request, self._prepared(hand, content, form, ask))
+            hand.lap("prepare")
             if not body.stream:
                 reply = await unless_gone(request, whole(body, asked))
+                hand.lap("answer")
                 hand.end(200)
-                return Response(sent(reply), media_type="application/json")
+                return Response(sent(reply), media_type="application/json", headers=hand.timing)
             stream = self._counted(hand, events(body, asked))
             # The first event comes before the status is sent: a refusal still has one of its own.
             first = await unless_gone(request, anext(stream))
-            return StreamingResponse(_chained(first, stream), media_type="text/event-stream")
+            hand.lap("first_token")
+            return StreamingResponse(
+                _chained(first, stream), media_type="text/event-stream", headers=hand.timing
+            )
         except (ClientGone, ClientDisconnect):
             hand.end(CLIENT_GONE)
             return Response(status_code=CLIENT_GONE)

@@ -10,7 +10,6 @@ from typing import Any
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.best_of_n import Candidate, ranked
 from cascadevl.engine.requests import Completion, TokenLogprobs, TokenOutput
-from cascadevl.engine.requests import Usage as EngineUsage
 from cascadevl.engine.text_stream import token_bytes
 from cascadevl.serving.answer_parts import (
     AnswerParts,
@@ -110,12 +109,13 @@ def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
-def usage_of(usages: Sequence[EngineUsage]) -> Usage:
+def usage_of(answers: Sequence[Completion]) -> Usage:
     """What the answers to one prompt took together.
 
     Args:
-        usages: Of the answers. They share the prompt, which the first of them has read.
+        answers: The answers. They share the prompt, which the first of them has read.
     """
+    usages = [answer.usage for answer in answers]
     completion = sum(usage.completion_tokens for usage in usages)
     prompt = usages[0].prompt_tokens
     return Usage(
@@ -127,6 +127,7 @@ def usage_of(usages: Sequence[EngineUsage]) -> Usage:
             visual_tokens=usages[0].visual_tokens,
             tiles=usages[0].tiles,
             compressed_tiles=usages[0].compressed_tiles,
+            tokens_per_tile=list(answers[0].tokens_per_tile),
         ),
     )
 
@@ -143,6 +144,7 @@ def sum_of(usages: Sequence[Usage]) -> Usage:
             visual_tokens=sum(each.visual_tokens for each in details),
             tiles=sum(each.tiles for each in details),
             compressed_tiles=sum(each.compressed_tiles for each in details),
+            tokens_per_tile=[number for each in details for number in each.tokens_per_tile],
         ),
     )
 
@@ -171,7 +173,7 @@ def chat_completion(
         created=head.created,
         model=head.model,
         choices=[_chat_choice(asked, answer, words, answer.sample) for answer in answers],
-        usage=usage_of([answer.usage for answer in answers]),
+        usage=usage_of(answers),
     )
 
 
@@ -203,7 +205,7 @@ def best_completion(
         created=head.created,
         model=head.model,
         choices=choices,
-        usage=usage_of([each.completion.usage for each in candidates]),
+        usage=usage_of([each.completion for each in candidates]),
         num_drawn=len(candidates),
     )
 
@@ -275,13 +277,13 @@ class ChatStream:
         asked: What was asked.
         head: Of the reply.
         words: Shows tokens.
-        usages: Of the answers that have ended.
+        answers: Those that have ended.
     """
 
     asked: Asked
     head: Head
     words: Words
-    usages: list[EngineUsage] = field(default_factory=list)
+    answers: list[Completion] = field(default_factory=list)
     _choices: dict[int, _Choice] = field(default_factory=dict)
 
     def take(self, output: TokenOutput | Completion) -> list[ChatChunk]:
@@ -315,11 +317,11 @@ class ChatStream:
             created=head.created,
             model=head.model,
             choices=[],
-            usage=usage_of(self.usages),
+            usage=usage_of(self.answers),
         )
 
     def _end(self, choice: _Choice, answer: Completion) -> list[ChatChunk]:
-        self.usages.append(answer.usage)
+        self.answers.append(answer)
         events: list[ChatChunk] = []
         last = choice.last
         pieces = choice.parts.push(last.text if last else "") + choice.parts.flush()

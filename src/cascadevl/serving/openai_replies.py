@@ -1,7 +1,8 @@
 """What OpenAI's clients read: the bodies of replies, and of the events of a stream.
 
-What goes beyond OpenAI's stands in fields of its own: ``visual_tokens``, ``tiles`` and
-``compressed_tiles`` of the prompt, and ``reasoning_content`` beside the content of an answer.
+What goes beyond OpenAI's stands in fields of its own: ``visual_tokens``, ``tiles``,
+``compressed_tiles`` and ``tokens_per_tile`` of the prompt, ``reasoning_content`` beside the content
+of an answer, and the ``abilities`` of a model.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class PromptDetails(BaseModel):
     visual_tokens: int
     tiles: int
     compressed_tiles: int
+    tokens_per_tile: list[int]
 
 
 class Usage(BaseModel):
@@ -212,6 +214,28 @@ class TextCompletion(BaseModel):
     usage: Usage | None = None
 
 
+class Abilities(BaseModel):
+    """What a client may want to know of a model and its server beforehand.
+
+    Attributes:
+        tile_px: Side of a tile.
+        max_tiles: Most tiles of a picture, the thumbnail not counted.
+        thumbnail: Whether a picture of several tiles has one.
+        share_tiles: Whether the pictures of a conversation share ``max_tiles``.
+        tokens_per_tile: Visual tokens of a full tile.
+        routes: Whether tiles can be compressed (``visual_budget``).
+        selects: What the best of several answers can be chosen by.
+    """
+
+    tile_px: int
+    max_tiles: int
+    thumbnail: bool
+    share_tiles: bool
+    tokens_per_tile: int
+    routes: bool
+    selects: list[Literal["vote", "prm", "outcome"]]
+
+
 class Model(BaseModel):
     """A model that is served."""
 
@@ -220,6 +244,7 @@ class Model(BaseModel):
     created: int
     owned_by: str
     max_model_len: int | None
+    abilities: Abilities
 
 
 class ModelList(BaseModel):

@@ -14,7 +14,9 @@ from fastapi.responses import StreamingResponse
 from cascadevl.serving.api import Api
 from cascadevl.serving.http_errors import Refusal, add_handlers
 from cascadevl.serving.openai_document import ApiApp, errors
+from cascadevl.serving.openai_prompts import Asker
 from cascadevl.serving.openai_replies import (
+    Abilities,
     ChatCompletion,
     Model,
     ModelList,
@@ -72,6 +74,7 @@ def _add_models(app: ApiApp, api: Api) -> None:
             created=api.started,
             owned_by="cascadevl",
             max_model_len=api.asker.config.trained_context,
+            abilities=_abilities(api.asker),
         )
 
     @app.get("/v1/models", responses={200: {"model": ModelList}, **errors(401)})
@@ -84,6 +87,19 @@ def _add_models(app: ApiApp, api: Api) -> None:
         """One of them."""
         api.check_model(name)
         return Response(sent(model()), media_type=_JSON)
+
+
+def _abilities(asker: Asker) -> Abilities:
+    settings = asker.processor.settings
+    return Abilities(
+        tile_px=settings.tiling.tile_px,
+        max_tiles=settings.tiling.max_tiles,
+        thumbnail=settings.tiling.thumbnail,
+        share_tiles=settings.share_tiles,
+        tokens_per_tile=settings.tokens_per_tile,
+        routes=asker.config.flash_mode,
+        selects=["prm", "outcome", "vote"] if asker.critics.has_reward_model else ["vote"],
+    )
 
 
 def _add_state(app: ApiApp, api: Api) -> None:
