@@ -30,6 +30,7 @@ EXTRAS = {
     "prometheus_client",
     "gradio",
     "simpy",
+    "ray",
 }
 """What only an extra of pyproject.toml installs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -19,7 +20,8 @@ from cascadevl.cli.serve_limits import (
     limits_of,
     listen_config,
 )
-from cascadevl.cli.serve_members import add_vllm, engine_of, run_member, use_threads
+from cascadevl.cli.serve_members import add_vllm, engine_settings, run_member
+from cascadevl.cli.serve_ray import add_ray, check_ray, ray_halves
 from cascadevl.cli.verifying import add_sources, open_guard
 from cascadevl.errors import ConfigError
 
@@ -55,6 +57,7 @@ def add_parser(subparsers: Subparsers) -> None:
     add_sources(parser.add_argument_group("checking answers (verify)"))
     _add_processes(parser)
     add_vllm(parser)
+    add_ray(parser)
     parser.set_defaults(run=run)
 
 
@@ -113,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         args.language = args.language or 1
         args.vision = args.vision or (1 if args.wire is None else None)
     _check_processes(args)
+    check_ray(args)
     if args.role is not None:
         return run_member(args)
     if args.vision is None and args.language is None and args.wire is None:
@@ -195,12 +199,15 @@ def _share_of_cores(num_halves: int) -> int:
 
 
 def _run_coupled(args: argparse.Namespace) -> int:
+    import torch
+
     import cascadevl
     from cascadevl.serving.coupled import Coupled
+    from cascadevl.serving.members import make_engine
 
     model, processor = cascadevl.load(args.model, device=usable_device(args.device))
-    use_threads(args.threads or _share_of_cores(2))
-    engine = engine_of(args, model, processor)
+    torch.set_num_threads(args.threads or _share_of_cores(2))
+    engine = make_engine(model, processor, engine_settings(args))
     asker = _asker(
         args, processor, model.config, critics_beside(args, engine, shares_features=False)
     )
@@ -220,11 +227,13 @@ def _run_front(args: argparse.Namespace) -> int:
         local = f"ipc://{folder}/front"
         addresses = [local] if args.wire is None else [local, args.wire]
         pipeline = Pipeline(config, addresses, weights=fingerprint(checkpoint.path))
-        keepers = [Keeper(words) for words in _members(args, local, folder)]
+        is_ray = args.ray is not None
+        keepers = [] if is_ray else [Keeper(words) for words in _members(args, local, folder)]
         try:
             for keeper in keepers:
                 keeper.start()
-            _serve(args, pipeline, asker)
+            with ray_halves(args) if is_ray else nullcontext():
+                _serve(args, pipeline, asker)
         finally:
             for keeper in keepers:
                 keeper.stop()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cascadevl.cli.chat import usable_device
 
 if TYPE_CHECKING:
-    from cascadevl.data.processor import CascadeVLProcessor
-    from cascadevl.engine.engine import Engine
-    from cascadevl.model.modeling import CascadeVLForConditionalGeneration
-    from cascadevl.serving.vllm_answers import VllmAnswers
+    from cascadevl.serving.members import EngineSettings, MemberSettings
+    from cascadevl.serving.wire import Role
 
 
 def add_vllm(parser: argparse.ArgumentParser) -> None:
@@ -37,32 +34,45 @@ def add_vllm(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def engine_of(
-    args: argparse.Namespace,
-    model: CascadeVLForConditionalGeneration,
-    processor: CascadeVLProcessor,
-) -> Engine:
-    """The engine that the arguments describe.
+def engine_settings(args: argparse.Namespace) -> EngineSettings:
+    """What the arguments say of an engine."""
+    from cascadevl.serving.members import EngineSettings
+
+    return EngineSettings(
+        weights=args.weights,
+        cache_bytes=args.cache_bytes,
+        batch_invariant=args.batch_invariant,
+    )
+
+
+def member_settings(
+    args: argparse.Namespace, role: Role, front: str, *, features_at: str = ""
+) -> MemberSettings:
+    """What the arguments say of a server.
 
     Args:
         args: Of the command.
-        model: Or its language half.
-        processor: Its processor.
+        role: Which half.
+        front: Where its front is.
+        features_at: Where a language server takes features.
     """
-    from cascadevl.engine.engine import Engine
-    from cascadevl.engine.packed_weights import pack
-    from cascadevl.engine.requests import EngineConfig
+    from cascadevl.serving.members import MemberSettings, VllmSettings
 
-    config = EngineConfig(cache_bytes=args.cache_bytes, batch_invariant=args.batch_invariant)
-    held = model if args.weights == "stored" else pack(model, args.weights, release=True)
-    return Engine(held, processor, config)
-
-
-def use_threads(number: int) -> None:
-    """Compute with so many threads from now on."""
-    import torch
-
-    torch.set_num_threads(number)
+    vllm = None
+    if args.vllm is not None:
+        vllm = VllmSettings(
+            url=args.vllm, served_model=args.served_model, api_key_env=args.api_key_env
+        )
+    return MemberSettings(
+        role=role,
+        model=args.model,
+        front=front,
+        features_at=features_at,
+        device=str(usable_device(args.device)),
+        threads=args.threads,
+        engine=engine_settings(args),
+        vllm=vllm,
+    )
 
 
 def run_member(args: argparse.Namespace) -> int:
@@ -70,68 +80,15 @@ def run_member(args: argparse.Namespace) -> int:
     import asyncio
     import signal
 
-    from cascadevl.model.loading import find
     from cascadevl.serving.logs import logging_to
-    from cascadevl.serving.member import Member, fingerprint
+    from cascadevl.serving.members import make_member
     from cascadevl.serving.processes import end_with
 
-    if args.threads is not None:
-        use_threads(args.threads)
-    weights = fingerprint(Path(find(args.model)))
-    make: Any = _vision_server if args.role == "vision" else _language_server
-    member: Member = make(args, weights)
+    at = args.features or ""
+    member = make_member(member_settings(args, args.role, args.join, features_at=at))
     signal.signal(signal.SIGTERM, lambda *_: member.stop())
     if args.parent is not None:
         end_with(args.parent, member.stop)
     with logging_to(args.log):
         asyncio.run(member.run())
     return 0
-
-
-def _vision_server(args: argparse.Namespace, weights: str) -> Any:
-    from cascadevl.model.vision_half import load_vision_half
-    from cascadevl.serving.vision_server import VisionConfig, VisionServer
-
-    device = usable_device(args.device)
-    model, _ = load_vision_half(args.model, device=device, embedding=False)
-    config = VisionConfig(batch_invariant=args.batch_invariant)
-    return VisionServer(model, args.join, weights=weights, config=config)
-
-
-def _language_server(args: argparse.Namespace, weights: str) -> Any:
-    from cascadevl.model.language_half import load_language_half
-    from cascadevl.serving.engine_thread import EngineThread
-    from cascadevl.serving.language_server import LanguageServer
-
-    device, asks = usable_device(args.device), args.vllm is not None
-    model, processor = load_language_half(args.model, device=device, layers=not asks)
-    answers = (
-        _vllm_answers(args, model, processor)
-        if asks
-        else EngineThread(engine_of(args, model, processor))
-    )
-    server = LanguageServer(
-        answers,
-        args.join,
-        args.features,
-        image_token_id=int(model.config.image_token_id),
-        weights=weights,
-    )
-    if not isinstance(answers, EngineThread):
-        answers.on_lost = server.stop  # the front asks others; a new start waits for vLLM
-    return server
-
-
-def _vllm_answers(
-    args: argparse.Namespace,
-    model: CascadeVLForConditionalGeneration,
-    processor: CascadeVLProcessor,
-) -> VllmAnswers:
-    import os
-
-    from cascadevl.engine.http_json import HttpServer
-    from cascadevl.engine.vllm import connect
-    from cascadevl.serving.vllm_answers import VllmAnswers
-
-    http = HttpServer(url=args.vllm, api_key=os.environ.get(args.api_key_env))
-    return VllmAnswers(connect(model, processor, http, served_model=args.served_model))
