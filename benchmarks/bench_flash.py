@@ -325,7 +325,8 @@ def router_share(
     layers = int(config.vision_config.num_hidden_layers)
     counted = router_flops(config, 1) / forward_flops(config, Work(tokens=0, tiles=1)).vision
     config.vision_config.num_hidden_layers = min(TIMED_LAYERS, layers)
-    config.text_config.num_hidden_layers = 1
+    config.text_config.num_hidden_layers = 1  # not timed here, and projectors are as wide
+    config.text_config.hidden_size = config.text_config.intermediate_size = 256
     config.text_config.layer_types = ["full_attention"]
     config.text_config.vocab_size = 2048
     torch.manual_seed(0)

@@ -25,6 +25,10 @@ NO_TILES = "no_tiles"
 """What stands instead of losses where a record is text alone: no fault, but nothing to route."""
 
 
+TOLD = 20
+"""How often the progress is told."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileLosses:
     """What was measured of one draw.
@@ -139,7 +143,8 @@ def measured_losses(
         with alone(folder / file):
             journal = Journal(folder, [file], settings, resume=True, journal=_journal_of(file))
             for number, positions in enumerate(own, start=1):
-                tell(f"losses of single tiles: part {number} of {len(own)}")
+                if number % max(1, len(own) // TOLD) == 0:
+                    tell(f"losses of single tiles: part {number} of {len(own)}")
                 found = _found(positions, drawn, measure)
                 journal.commit({file: [asdict(each) for each in found]}, {})
     processes.wait_for_everyone()

@@ -195,9 +195,7 @@ def _start(
     trained = model.model.router
     assert trained is not None, "checked"
     for number, layer in enumerate(trained.pooling):
-        layer.requires_grad_(
-            number in trained.order
-        )  # what released code never runs stays as it is
+        layer.requires_grad_(number in trained.order)  # what is never run stays as it is
     nn.Module.to(model, accelerator.device)
     model.train(False)
     return model, processor
