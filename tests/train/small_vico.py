@@ -61,7 +61,7 @@ def stripes(length: int = 24, **how: Any) -> tuple[WeightedSource, ...]:
 
 
 @functools.cache
-def read_stripes(folder: Path, num_steps: int = 60) -> Path:
+def read_stripes(folder: Path, num_steps: int = 45) -> Path:
     """A nano that has learned them with full tiles; trained unless it is there."""
     config = small_config(
         folder,
