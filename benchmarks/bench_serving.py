@@ -1,0 +1,364 @@
+"""Serving pictures: coupled, decoupled (DvD), DvD with a router, and a plain transformers server.
+
+Real server processes over HTTP on loopback, pinned to cores, with a model of InternVL3.5-38B's
+proportions (serving_model.py) at 448, 896 and 1344 px and answers of 32 and 256 tokens. Requests
+come at random times and wait for nobody; each has a picture of its own.
+
+Two loads: ``sent`` is 1.3 times what the coupled server answers at 448 px, the same at all
+resolutions, as the report's 16 a second are for its 38B; ``calm`` is 0.7 times what the coupled
+server answers at that resolution, and is what latencies are read from.
+
+Two sorts of rows. ``same hardware``: two cores each; coupled is one process with two threads,
+batching and feature cache on, at the best settings of a sweep that is recorded. ``vision core
+added`` is what table 18 compares: coupled on one core, DvD with a second one for its vision server.
+
+Equal answers are proven first, on a small model in float32: all servers say the same. Beside each
+ratio stand table 18's, the bound from counted operations, and what the planner
+(docs/concepts/planner.md) says with the share of a core that it finds on the coupled row at 448 px.
+
+The last line is one JSON document. Run: ``python benchmarks/bench_serving.py``; ``--tiny`` proves
+that it works, in minutes; ``--soak MINUTES`` is the load test (200 clients) instead. A quick look:
+``--outputs 32 --loads sent --repeats 1``; everything takes an hour or more on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from serving_arms import Arm, running
+from serving_client import Summary, Wish, open_loop, summary
+from serving_model import Checkpoints, write_checkpoints
+from serving_planned import Planned, bound, measured_here, question_of
+from serving_soak import soak, told
+
+from cascadevl.model.loading import find
+from cascadevl.planning.table18 import TABLE_18
+
+RESOLUTIONS = (448, 896, 1344)
+BUDGETS: dict[str, float | str] = {"half": 1 / 3, "compressed": "compressed"}
+"""Share of tiles kept: a third leaves half of the visual tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """A server and what it is asked for.
+
+    Attributes:
+        arm: The server.
+        budget: Of the router: a key of `BUDGETS`; None without one.
+    """
+
+    arm: Arm
+    budget: str | None = None
+
+
+def sides_of(coupled: Arm, cores: tuple[int, int], *, router: bool) -> dict[str, Side]:
+    """All that is compared, by name.
+
+    Args:
+        coupled: The coupled server at its best settings.
+        cores: Of the machine.
+        router: Whether the router's rows are wanted.
+    """
+    apart = Arm(kind="decoupled", cores=cores, weights=coupled.weights)
+    sides = {
+        "transformers": Side(arm=Arm(kind="transformers", cores=cores, threads=2)),
+        "coupled": Side(arm=coupled),
+        "coupled, one core": Side(arm=replace(coupled, cores=cores[1:], threads=1)),
+        "DvD": Side(arm=apart),
+    }
+    if router:
+        for budget in BUDGETS:
+            sides[f"DvD + router, {budget}"] = Side(arm=apart, budget=budget)
+    return sides
+
+
+def bodies_of(
+    side: Side, px: int, new_tokens: int, seeds: Sequence[int], tiles: int
+) -> list[bytes]:
+    """Requests with a picture each.
+
+    Args:
+        side: Who is asked.
+        px: Side of the pictures.
+        new_tokens: Of the answers.
+        seeds: One for each request.
+        tiles: Of a picture. Where there is only one, two of three pictures are compressed for
+            ``half``, so that half of the visual tokens are left on average.
+    """
+    bodies = []
+    for seed in seeds:
+        budget = None if side.budget is None else BUDGETS[side.budget]
+        if side.budget == "half" and tiles == 1:
+            budget = "compressed" if seed % 3 else "full"
+        wish = Wish(resolution_px=px, new_tokens=new_tokens, seed=seed, visual_budget=budget)
+        bodies.append(wish.body())
+    return bodies
+
+
+class Bench:
+    """Runs servers one after the other, and asks each the same.
+
+    Attributes:
+        made: The checkpoints.
+        scale: Side of a tile over that of the real model: 1, or less if tiny.
+        number: Requests of a run.
+        seed: The next one; no picture is ever sent twice.
+    """
+
+    def __init__(self, made: Checkpoints, *, number: int) -> None:
+        """Bind checkpoints."""
+        self.made, self.number, self.seed = made, number, 0
+        self.scale = made.config.tile_px / 448
+
+    def px(self, resolution: int) -> int:
+        """The side of the pictures that stand for a resolution."""
+        return round(resolution * self.scale)
+
+    def ask(
+        self, address: str, side: Side, resolution: int, new_tokens: int, rate: float
+    ) -> Summary:
+        """Send a run of requests.
+
+        Args:
+            address: Of the server.
+            side: What it is.
+            resolution: Of the pictures.
+            new_tokens: Of the answers.
+            rate: Requests a second; 0 for all at once.
+        """
+        seeds = range(self.seed, self.seed + self.number)
+        self.seed += self.number
+        px = self.px(resolution)
+        tiles = question_of(self.made.config, px, new_tokens).tiles
+        bodies = bodies_of(side, px, new_tokens, seeds, tiles)
+        answers = asyncio.run(open_loop(address, bodies, rate, seed=resolution + new_tokens))
+        return summary(answers, new_tokens)
+
+    def checkpoint(self, side: Side) -> Path:
+        """What a server serves."""
+        return self.made.plain if side.budget is None else self.made.flash
+
+    def warm(self, address: str, side: Side, resolution: int) -> None:
+        """Send a few requests that are not counted."""
+        Bench(self.made, number=2).ask(address, side, resolution, 2, 0.0)
+
+    def capacity(self, side: Side, resolution: int, new_tokens: int) -> float:
+        """Requests a second when all come at once."""
+        with running(side.arm, self.checkpoint(side)) as served:
+            self.warm(served.address, side, resolution)
+            return self.ask(served.address, side, resolution, new_tokens, 0.0).requests_per_s
+
+
+def prove(cores: tuple[int, int], *, router: bool) -> None:
+    """All servers give the same greedy answers."""
+    with TemporaryDirectory(prefix="prove-") as folder:
+        bench = Bench(write_checkpoints(Path(folder), tiny=True), number=3)
+        said: dict[str, list[str]] = {}
+        for name, side in sides_of(Arm(kind="coupled", cores=cores), cores, router=router).items():
+            full = replace(side, budget=None)
+            bodies = bodies_of(full, bench.px(896), 12, range(3), 5)
+            with running(side.arm, bench.checkpoint(side)) as served:
+                answers = asyncio.run(open_loop(served.address, bodies, 0.0, seed=0))
+            summary(answers, 12)
+            said[name] = [answer.text for answer in answers]
+        assert all(texts == said["coupled"] for texts in said.values()), said
+        assert len(set(said["coupled"])) == 3, "the answers do not depend on the pictures"
+    print("all servers give the same answers")
+
+
+def sweep(bench: Bench, cores: tuple[int, int]) -> tuple[Arm, dict[str, float]]:
+    """The coupled server at its best settings, and the requests a second of each."""
+    found: dict[str, float] = {}
+    best: tuple[float, Arm] | None = None
+    for threads in (1, 2):
+        for weights in ("stored", "packed"):
+            arm = Arm(kind="coupled", cores=cores, threads=threads, weights=weights)
+            rate = bench.capacity(Side(arm=arm), 896, 32)
+            found[f"{threads} threads a half, weights {weights}"] = rate
+            print(f"coupled, {threads} threads a half, weights {weights}: {rate:.3f} requests/s")
+            if best is None or rate > best[0]:
+                best = rate, arm
+    assert best is not None
+    return best[1], found
+
+
+def measure(
+    bench: Bench, sides: dict[str, Side], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """All rows, round by round; within one, the coupled server's first."""
+    rows: list[dict[str, Any]] = []
+    order = ["coupled", *(name for name in sides if name != "coupled")]
+    for new_tokens in arguments.outputs:
+        sent = 1.3 * bench.capacity(sides["coupled"], 448, new_tokens)
+        for number in range(arguments.repeats):
+            for resolution in arguments.resolutions:
+                loads = {"sent": sent}
+                for name in order:
+                    about = {"side": name, "px": resolution, "output": new_tokens, "round": number}
+                    for row in measured(bench, sides[name], about, loads):
+                        rows.append(row)
+                        show(row)
+                    if name == "coupled" and "calm" in arguments.loads:
+                        loads["calm"] = 0.7 * rows[-1]["requests_per_s"]
+                        rows += measured(bench, sides[name], about, {"calm": loads["calm"]})
+                        show(rows[-1])
+    return rows
+
+
+def measured(
+    bench: Bench, side: Side, about: dict[str, Any], loads: dict[str, float]
+) -> list[dict[str, Any]]:
+    """One server under one load after the other.
+
+    Args:
+        bench: Asks.
+        side: Which server.
+        about: What the rows are about.
+        loads: Requests a second of each.
+    """
+    resolution, new_tokens = about["px"], about["output"]
+    rows = []
+    with running(side.arm, bench.checkpoint(side)) as served:
+        bench.warm(served.address, side, resolution)
+        for load, rate in loads.items():
+            found = bench.ask(served.address, side, resolution, new_tokens, rate)
+            rows.append({**about, "load": load, "rate": rate, **asdict(found)})
+    return rows
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row."""
+    first = " / ".join(f"{each:.2f}" for each in row["first_s"])
+    later = " / ".join(f"{1000 * each:.0f}" for each in row["next_s"])
+    print(
+        f"{row['px']:5} px, {row['output']:3} tokens, {row['load']} {row['rate']:.3f}/s, "
+        f"{row['side']:24} {row['requests_per_s']:7.3f} requests/s; first token {first} s; next "
+        f"{later} ms; {row['compressed_share']:.0%} of the tiles compressed",
+        flush=True,
+    )
+
+
+_BASES = {"same hardware": "coupled", "vision core added": "coupled, one core"}
+
+
+def compare(rows: list[dict[str, Any]], planned: Planned, bench: Bench) -> list[dict[str, Any]]:
+    """Ratios of requests a second, beside the planner's, the bound, and table 18's."""
+    ratios = []
+    for row in rows:
+        if row["round"] or row["load"] != "sent" or row["side"] in _BASES.values():
+            continue
+        for kind, base in _BASES.items():
+            if row["side"] == "transformers" and kind == "vision core added":
+                continue
+            mine, theirs = same(rows, row, row["side"]), same(rows, row, base)
+            each = [
+                a["requests_per_s"] / b["requests_per_s"] for a, b in zip(mine, theirs, strict=True)
+            ]
+            ratio = {
+                "kind": kind,
+                "side": row["side"],
+                "px": row["px"],
+                "output": row["output"],
+                "ratio": np.quantile(each, (0.25, 0.5, 0.75)).tolist(),
+                "planned": planned.ratio(row, theirs[0]),
+                "bound": bound(bench.made.config, bench.px(row["px"]), row),
+                "table_18": reported(row["side"], row["px"]),
+            }
+            ratios.append(ratio)
+            low, middle, high = ratio["ratio"]
+            paper = "" if ratio["table_18"] is None else f", table 18 {ratio['table_18']:.2f}x"
+            print(
+                f"{kind}, {row['px']} px, {row['output']} tokens: {row['side']} {middle:.2f}x "
+                f"(quartiles {low:.2f}-{high:.2f}, {len(each)} rounds); planned "
+                f"{ratio['planned']:.2f}x, operations saved {ratio['bound']:.2f}x{paper}"
+            )
+    return ratios
+
+
+def same(rows: list[dict[str, Any]], row: dict[str, Any], side: str) -> list[dict[str, Any]]:
+    """What a server did under the load of a row, in all rounds."""
+    keys = ("px", "output", "load")
+    return [each for each in rows if each["side"] == side and all(each[k] == row[k] for k in keys)]
+
+
+def reported(side: str, resolution: int) -> float | None:
+    """The ratio of table 18, for the 38B."""
+    setting = {"DvD": "DvD", "DvD + router, half": "DvD + ViR"}.get(side)
+    values = {
+        row.setting: row.requests_per_s
+        for row in TABLE_18
+        if (row.model, row.resolution_px) == ("InternVL3.5-38B", resolution)
+    }
+    return None if setting is None else values[setting] / values["Baseline"]
+
+
+def bench_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prove, sweep, measure, compare."""
+    cores = (arguments.cores[0], arguments.cores[1])
+    prove(cores, router=arguments.router)
+    with TemporaryDirectory(prefix="bench-serving-") as folder:
+        made = write_checkpoints(Path(folder), tiny=arguments.tiny)
+        bench = Bench(made, number=arguments.requests)
+        core = measured_here(cores[1], tiny=arguments.tiny)
+        best, settings = sweep(bench, cores)
+        sides = sides_of(best, cores, router=arguments.router)
+        rows = measure(bench, sides, arguments)
+        planned = Planned.fitted(made.config, core, rows, bench, best.threads)
+        return {
+            "tiny": arguments.tiny,
+            "core": asdict(core),
+            "sweep": settings,
+            "rows": rows,
+            "share": planned.share,
+            "ratios": compare(rows, planned, bench),
+        }
+
+
+def soak_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The load test, on the shipped model, in one process and in several."""
+    cores = (arguments.cores[0], arguments.cores[1])
+    result: dict[str, Any] = {}
+    for kind in ("coupled", "decoupled"):
+        arm = Arm(kind="coupled" if kind == "coupled" else "decoupled", cores=cores)
+        with running(arm, find("micro"), batch_invariant=True) as served:
+            found = soak(served, clients=arguments.clients, seconds=60 * arguments.soak)
+        print(f"{kind}: {told(found)}", flush=True)
+        found.check()
+        result[kind] = {**asdict(found), "growth": found.growth}
+    return result
+
+
+def main() -> None:
+    """Read the arguments and run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=16, help="of each run")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, for the quartiles")
+    parser.add_argument("--loads", nargs="+", default=("sent", "calm"), choices=("sent", "calm"))
+    parser.add_argument("--resolutions", type=int, nargs="+", default=RESOLUTIONS)
+    parser.add_argument("--outputs", type=int, nargs="+", default=(32, 256))
+    parser.add_argument("--cores", type=int, nargs=2, default=(0, 1))
+    parser.add_argument("--no-router", dest="router", action="store_false")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="the load test instead")
+    parser.add_argument("--clients", type=int, default=200, help="of the load test")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to see that it works")
+    parser.add_argument("--out", type=Path, help="write the JSON document here too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    document = bench_all(arguments) if arguments.soak is None else soak_all(arguments)
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
