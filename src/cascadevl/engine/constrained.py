@@ -43,7 +43,9 @@ class Grammar:
         if self._matcher.consume_token(token):
             return True
         problem = self._matcher.get_error()
-        if "TooComplex" in problem:
+        # llguidance stops as too complex for a token that does not fit, too, and says so besides.
+        fits = "doesn't satisfy the grammar" not in problem
+        if fits and "TooComplex" in problem:
             return False
         reason = problem.partition("\n")[0]
         raise RequestError(
