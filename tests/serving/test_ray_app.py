@@ -104,6 +104,21 @@ def test_replicas_answer_and_one_that_is_killed_comes_back(
         time.sleep(0.5)
 
 
+FOLLOWS = """
+from types import SimpleNamespace
+from cascadevl.serving.ray_app import ByLoad
+policy = ByLoad(1, 4, 8.0)
+each = [None, {}, {"load": {1: 8.0}}, {"load": {1: 8.0, 2: 9.0}}, {"load": {1: 40.0}}]
+print([policy(SimpleNamespace(aggregated_metrics=known))[0] for known in each])
+"""
+
+
+@pytest.mark.slow
+def test_replicas_are_as_many_as_what_is_in_hand_wants(python: str):
+    done = subprocess.run([python, "-c", FOLLOWS], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[1, 1, 1, 3, 4]"
+
+
 def test_words_that_make_no_cluster_are_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
