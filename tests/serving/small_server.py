@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,3 +138,11 @@ def data_url(picture: PIL.Image.Image) -> str:
 def shown(picture: PIL.Image.Image) -> dict[str, Any]:
     """A picture as a part of a message."""
     return {"type": "image_url", "image_url": {"url": data_url(picture)}}
+
+
+def until(true: Any, seconds: float = 20) -> None:
+    """Wait for something to come true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)

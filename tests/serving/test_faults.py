@@ -18,6 +18,7 @@ from tests.serving.test_pipeline import Cable
 
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.requests import Completion, EngineConfig
+from cascadevl.serving.engine_thread import EngineThread
 from cascadevl.serving.language_server import LanguageServer
 from cascadevl.serving.pipeline import Pipeline
 from cascadevl.serving.vision_server import VisionConfig, VisionServer
@@ -56,7 +57,9 @@ def test_a_cut_connection_between_the_halves_loses_no_request():
         (front,) = pipeline.addresses
         at = f"tcp://127.0.0.1:{free_port()}"
         cable = Cable(at)
-        language = Behind(Engine(MODEL, PROCESSOR, INVARIANT), front, at, window_bytes=2000)
+        engine = EngineThread(Engine(MODEL, PROCESSOR, INVARIANT))
+        mark = int(MODEL.config.image_token_id)
+        language = Behind(engine, front, at, image_token_id=mark, window_bytes=2000)
         language.through = await cable.open()
         async with working(VisionServer(MODEL, front, config=vision)), working(language):
             try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import openai
 import pytest
 import torch
 from tests.engine.small_talk import picture
-from tests.serving.small_server import NAME, Served, serving, shown, small_pair
+from tests.serving.small_server import NAME, Served, serving, shown, small_pair, until
 
 from cascadevl.data.chat import to_messages
 from cascadevl.engine.engine import Engine
@@ -401,13 +400,6 @@ def test_many_clients_at_once_get_their_own_answers(served: Served):
 
 
 TAIL = [{"type": "text", "text": "one two three"}]
-
-
-def until(true: Any, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.01)
 
 
 def test_a_client_that_leaves_a_stream_calls_its_request_off(served: Served):

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 from tests.engine.small_talk import picture
-from tests.serving.small_server import NAME, Served, data_url, serving, shown, small_pair
+from tests.serving.small_server import NAME, Served, data_url, serving, shown, small_pair, until
 from tests.serving.test_remote import PUBLIC, STORE, names, sends, web
 
 from cascadevl.engine.requests import EngineConfig
@@ -151,8 +151,11 @@ def test_the_log_tells_who_asked_what_and_nothing_of_what_was_said(
                 X_Request_Id="mine",
             )
         asked(guarded, "GET", "/v1/models", Authorization="Bearer wrong")
+        # The line of a stream is written after its client has read the last of it.
+        until(lambda: len(caplog.records) == 3)
     whole = "\n".join(JsonLines().format(record) for record in caplog.records)
     lines = [json.loads(line) for line in whole.splitlines()]
+    lines.sort(key=lambda line: int(line["status"]))
     assert [line["status"] for line in lines] == [200, 400, 401]
     assert [line["key"] for line in lines] == ["ann", "ann", None]
     assert [line["request_id"] for line in lines[:2]] == ["mine", "mine"]

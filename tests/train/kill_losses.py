@@ -62,7 +62,7 @@ def losses_of(example: Example) -> Losses:
 
 def write(folder: Path, tell: Callable[[int], None]) -> list[TileLosses]:
     def measure(examples: Sequence[Example]) -> list[Losses]:
-        time.sleep(0.002)
+        time.sleep(0.01)
         for example in examples:
             tell(int(example.record_id))
         return [losses_of(example) for example in examples]

@@ -10,6 +10,7 @@ from cascadevl.errors import ConfigError
 from cascadevl.train.config import FREE_KEYS, ModelConfig, TrainConfig, plain
 from cascadevl.train.gspo_config import GSPOConfig
 from cascadevl.train.lora import LoraConfig
+from cascadevl.train.router_config import RouterConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -64,7 +65,8 @@ def test_two_starting_points_are_refused() -> None:
 
 
 def test_free_keys_exist_and_the_plain_form_is_json() -> None:
-    values = plain(GSPOConfig(lora=LoraConfig()))  # it has every section that is meant
+    # Both together have every section that is meant.
+    values = plain(RouterConfig()) | plain(GSPOConfig(lora=LoraConfig()))
     for key in FREE_KEYS:
         section, name = key.split(".")
         assert name in values[section]
