@@ -68,13 +68,13 @@ SYSTEM = "Think first."
 """Thinking system prompt: the released page is longer than micro's questions."""
 
 TEMPERATURE = 0.7
-"""Of all that is drawn (VisualPRM's best of N). Its solutions and continuations were drawn at 1,
-where micro goes on rightly so rarely that nearly every step would be labelled wrong."""
+"""Of all that is drawn (VisualPRM's best of N). Its solutions and continuations were drawn at 1;
+the lower one was chosen after short trials, so the examination asks questions none of them saw."""
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NUMBERS = (2, 4, 8, 16, 32)
 KINDS = ("add", "subtract", "multiply", "sum")
-TRAINING_SEED, JUDGED_SEED, PLANTED_SEED, EXAM_SEED = 40, 50, 60, 900
+TRAINING_SEED, JUDGED_SEED, PLANTED_SEED, EXAM_SEED = 40, 50, 60, 1700
 """Of scenes: what is fine-tuned on, whose solutions are judged, planted errors, the examination."""
 
 
