@@ -183,6 +183,8 @@ def limit_of(
     steps, answers = row.new_tokens - 1, row.num_prompts * row.num_samples
     flops = 2 * sum(p.numel() for p in model.model.language_model.layers.parameters())
     prompt_tokens = case.num_prompt_tokens * row.num_prompts
+    if row.asked_before:  # the picture's keys and values are there too
+        prompt_tokens = len(case.questions[0]) * row.num_prompts
     patches = (case.image_px // 14) ** 2 + 1
     encode = 2 * sum(p.numel() for p in vision) * patches * row.num_tiles * row.num_prompts
     first = (flops * prompt_tokens + (0 if row.asked_before else encode)) / machine.flops_per_s
@@ -199,6 +201,12 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, median, high
+
+
+def turn(names: Sequence[str], by: int) -> list[str]:
+    """The same names from another one on, so that nobody always follows the same neighbour."""
+    start = by % len(names)
+    return [*names[start:], *names[:start]]
 
 
 def compare(name: str, row: Row, arguments: argparse.Namespace) -> dict[str, object]:
@@ -221,10 +229,13 @@ def compare(name: str, row: Row, arguments: argparse.Namespace) -> dict[str, obj
     if arguments.vllm is not None and preset != "nano":
         peers["vllm"] = Vllm(arguments.vllm, arguments.checkpoint)
     timings: dict[str, list[float]] = {peer: [] for peer in peers}
+    short = replace(row, num_tiles=1, num_prompts=1, num_samples=1, new_tokens=2)
+    for answers in peers.values():  # warm up
+        answers.time(make_case(short, model, seed=2))
     for repetition in range(arguments.repeats):
-        for peer, answers in peers.items():
-            fresh = make_case(row, model, seed=2 + repetition)
-            timings[peer].append(value_of(row, answers.time(fresh)))
+        for peer in turn(list(peers), repetition):
+            fresh = make_case(row, model, seed=3 + repetition)
+            timings[peer].append(value_of(row, peers[peer].time(fresh)))
     plain.close()
     unit = {"first": "1/s to the first token", "rate": "tokens/s", "whole": "1/s"}[row.measure]
     limit = limit_of(row, model, case, machine)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from tests.engine.small_backend import checkpoint
 from tests.model.bodies import BODIES, body_model
 from tests.train.test_lora import moved
 from torch import Tensor, nn
@@ -17,7 +19,9 @@ from cascadevl.engine.joined_linear import PartOfJoined
 from cascadevl.engine.packed_weights import PackedLinear, PackedModel, can_pack, pack
 from cascadevl.errors import CheckpointError, ConfigError
 from cascadevl.model.adapters import merged_tensors
+from cascadevl.model.loading import load
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration as Model
+from cascadevl.model.vision_half import load_vision_half
 from cascadevl.train.lora import LoraConfig, add_adapters
 
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
@@ -53,6 +57,13 @@ def assert_same(packed: PackedModel, model: Model) -> None:
         torch.testing.assert_close(logits(packed.model), logits(model), rtol=1e-5, atol=1e-5)
     else:
         assert distance(logits(packed.model), logits(model)) < 0.02
+
+
+@torch.no_grad()
+def assert_same_features(ours: Model, theirs: Model, tiles: Tensor) -> None:
+    found, wanted = ours.encode_images(tiles), theirs.encode_images(tiles)
+    assert found.projected is not None
+    torch.testing.assert_close(found.projected, wanted.projected, rtol=1e-5, atol=1e-5)
 
 
 def trained_a_step(model: Model) -> None:
@@ -129,10 +140,9 @@ def test_what_is_not_packed_is_shared(body: str):
     packed = pack(model, "packed")
     theirs = dict(packed.model.named_parameters())
     linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
-    language = {name for name in linear if "language_model" in name or name == "lm_head"}
-    assert set(packed.layers) == language
+    assert set(packed.layers) == linear
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] not in language:
+        if name.rpartition(".")[0] not in linear:
             assert theirs.pop(name) is parameter  # fused experts and routers among them
     assert not theirs
 
@@ -206,7 +216,7 @@ def test_released_weights_are_freed_and_counted(precision: Precision):
     model, other = tied_model(), tied_model(seed=1)
     wanted = logits(model)
     head = model.lm_head.weight.nbytes
-    linear = [m for m in model.model.language_model.modules() if isinstance(m, nn.Linear)]
+    linear = [m for m in model.model.modules() if isinstance(m, nn.Linear)]
     num_bytes = sum(p.nbytes for m in linear for p in m.parameters())
     gone = [weakref.ref(m.weight) for m in linear]
     del linear
@@ -222,15 +232,40 @@ def test_released_weights_are_freed_and_counted(precision: Precision):
     assert model.get_input_embeddings().weight is table  # copied into
 
 
-def test_bytes_of_int8_are_half_of_bfloat16():
+def test_bytes_of_an_int8_language_half_are_half_of_bfloat16():
     model = body_model("qwen3").to(torch.bfloat16)
-    size = pack(model, "int8").size
-    biases_and_scales = size.packed - size.plain // 2
-    assert 0 < biases_and_scales < 0.1 * size.plain
+    packed = pack(model, "int8")
+    size = packed.size
+    language = {n: each for n, each in packed.layers.items() if "language" in n or "head" in n}
+    plain = sum(p.nbytes for name in language for p in model.get_submodule(name).parameters())
+    biases_and_scales = sum(each.num_bytes for each in language.values()) - plain // 2
+    assert 0 < biases_and_scales < 0.1 * plain
+    assert plain < size.plain
     assert size.released == 0
-    kept = dict(model.model.language_model.named_parameters())
-    left = sum(p.nbytes for name, p in kept.items() if "norm" in name or "embed" in name)
-    assert size.left == left
+    assert size.left == sum(p.nbytes for p in model.parameters()) - size.plain
+
+
+@pytest.mark.parametrize("precision", ["packed", "int8"])
+def test_a_packed_vision_half_sees_the_same_and_takes_new_weights(precision: Precision):
+    model, other = body_model("qwen2"), body_model("qwen2", seed=1)
+    packed = pack(model, precision)
+    tiles = drawn(3, 3, *[model.config.tile_px] * 2)
+    for source in (model, other):
+        packed.refresh(source)
+        assert_same_features(packed.model, source, tiles)
+    names = [name for name in packed.layers if name.startswith("model.vision_tower.")]
+    assert len(names) == 6 * model.config.vision_config.num_hidden_layers
+    assert all(type(packed.layers[name]) in (PackedLinear, PartOfJoined) for name in names)
+
+
+@pytest.mark.parametrize("precision", ["packed", "int8"])
+def test_a_vision_half_alone_is_packed(precision: Precision, tmp_path: Path):
+    folder = checkpoint(tmp_path / "small")
+    whole, _ = load(folder, dtype=torch.float32)
+    half, _ = load_vision_half(folder, dtype=torch.float32)
+    packed = pack(half, precision, release=True)
+    assert not any(name.startswith(("model.language_model.", "lm_head")) for name in packed.layers)
+    assert_same_features(half, whole, drawn(2, 3, *[whole.config.tile_px] * 2))
 
 
 def test_the_head_may_be_packed_otherwise():

@@ -63,7 +63,7 @@ def add_computing(group: argparse._ArgumentGroup) -> None:
         "--weights",
         choices=("stored", "packed", "int8"),
         default="stored",
-        help="of the engine's language half: as stored (default), packed for a CPU, or int8",
+        help="as stored (default), packed for a CPU, or the language half in int8",
     )
     group.add_argument(
         "--batch-invariant",
@@ -102,6 +102,10 @@ def open_backend(args: argparse.Namespace) -> tuple[Backend, CascadeVLProcessor]
     key = os.environ.get(args.api_key_env)
     server = HttpServer(url=args.backend, api_key=key, timeout_s=args.timeout)
     half, processor = load_vision_half(args.model, device=device)
+    if args.weights != "stored":
+        from cascadevl.engine.packed_weights import pack
+
+        pack(half, args.weights, release=True)
     served, most = args.served_model, args.concurrency
     return connect(half, processor, server, served_model=served, concurrency=most), processor
 

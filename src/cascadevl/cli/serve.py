@@ -244,12 +244,11 @@ def _members(args: argparse.Namespace, front: str, folder: str) -> list[list[str
     """The commands of the servers of this machine."""
     threads = args.threads or _share_of_cores(max(1, (args.vision or 0) + (args.language or 0)))
     common = ["serve", args.model, "--join", front, "--device", args.device]
-    common += ["--threads", str(threads)]
+    common += ["--threads", str(threads), "--weights", args.weights]
     if args.batch_invariant:
         common.append("--batch-invariant")
     vision = [*common, "--role", "vision"]
-    language = [*common, "--role", "language", "--weights", args.weights]
-    language += ["--cache-bytes", str(args.cache_bytes)]
+    language = [*common, "--role", "language", "--cache-bytes", str(args.cache_bytes)]
     if args.vllm is not None:
         language += ["--vllm", args.vllm, "--api-key-env", args.api_key_env]
         language += [] if args.served_model is None else ["--served-model", args.served_model]

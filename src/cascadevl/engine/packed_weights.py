@@ -2,9 +2,10 @@
 
 A decode step reads every weight once, and torch's ``F.linear`` first copies a weight into the
 order its kernels want, at every call. `pack` does that once. The packed layers stand in a second
-tree of modules, which shares everything else (embeddings, norms, fused experts, the vision half)
-with the model that is trained; or, for serving, in the model itself, whose own weights are freed.
-Names stay those of the model, so that new weights are loaded by the names of its state.
+tree of modules, which shares everything else (embeddings, norms, fused experts) with the model
+that is trained; or, for serving, in the model itself, whose own weights are freed. Names stay those
+of the model, so that new weights are loaded by the names of its state. The vision half is packed
+too, never in int8: its many rows a call are bound by computing, not by reading.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ weight with a scale for every output channel, activations bfloat16."""
 
 _HEAD = HEAD.removesuffix(".weight")
 _LANGUAGE = "model.language_model."
+_VISION = ("model.vision_tower.", "model.multi_modal_projector.", "model.compressed_projector.")
 _EMBEDDING = f"{_LANGUAGE}embed_tokens.weight"
 
 
@@ -106,8 +108,7 @@ class WeightBytes:
         packed: What their packed form takes, beside ``plain`` or instead of it.
         released: What packing gave back: 0 if the originals are kept. The table of a tied head
             stays, because it is the token embedding.
-        left: Parameters of the language half that stay as they are: embeddings, norms, routers
-            and fused experts.
+        left: Parameters that stay as they are: embeddings, norms, routers and fused experts.
     """
 
     plain: int
@@ -123,9 +124,9 @@ class PackedModel:
     Attributes:
         model: Used as any model, under ``torch.inference_mode()``. Do not move, cast or train it:
             it shares parameters with the model it was made of, unless that was released.
-        precision: How its linear layers are packed.
+        precision: How the linear layers of its language half are packed.
         head: How its language head is packed.
-        layers: The packed layers of the language half, by their names in the model.
+        layers: The packed layers, by their names in the model.
         shares: Whether its other parameters are those of the model it was made of.
         size: Its memory.
     """
@@ -193,14 +194,15 @@ def pack(
     head: Precision | None = None,
     release: bool = False,
 ) -> PackedModel:
-    """Pack the linear layers of the language half, the head included.
+    """Pack the linear layers of both halves, the language head included.
 
-    Fused experts, routers, norms and embeddings stay as they are, as does the vision half, whose
-    many rows a call make packing useless.
+    Fused experts, routers, norms and embeddings stay as they are. Of one half of a model that was
+    opened alone, what is there is packed.
 
     Args:
         model: The model. It is not touched, unless it is released.
-        precision: How the layers are packed.
+        precision: How the layers of the language half are packed; those of the vision half keep
+            their type, in oneDNN's order.
         head: How the language head is packed, if otherwise. Of small models with large
             vocabularies it is a quarter of what a decode step reads.
         release: Put the packed layers into ``model`` itself and free the originals as it goes:
@@ -220,7 +222,10 @@ def pack(
     memo: dict[int, object] = {}
     for names in sets_of(dict(_linears(model))):
         linears = [model.get_submodule(name) for name in names]
-        kind = kinds[head or precision if names == (_HEAD,) else precision]
+        if names[0].startswith(_VISION):
+            kind = kinds["packed"]
+        else:
+            kind = kinds[head or precision if names == (_HEAD,) else precision]
         for name, linear, layer in zip(names, linears, _packed(linears, kind), strict=True):
             layers[name] = layer
             num_bytes = sum(parameter.nbytes for parameter in linear.parameters())
@@ -238,12 +243,13 @@ def pack(
         memo |= {id(shared): shared for shared in chain(model.parameters(), model.buffers())}
         packed_model = copy.deepcopy(model, memo)
     packed_model.train(False)
-    left = packed_model.model.language_model.parameters()
     size = WeightBytes(
         plain=plain,
         packed=sum(layer.num_bytes for layer in layers.values()),
         released=released,
-        left=sum(parameter.nbytes for parameter in left),
+        left=sum(
+            parameter.nbytes for parameter in packed_model.parameters() if _is_here(parameter)
+        ),
     )
     return PackedModel(
         model=packed_model,
@@ -256,10 +262,16 @@ def pack(
 
 
 def _linears(model: CascadeVLForConditionalGeneration) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers of the language half, by name; subclasses do something of their own."""
+    """The linear layers that are packed, by name; subclasses do something of their own."""
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and (name == _HEAD or name.startswith(_LANGUAGE)):
+        is_one = type(module) is nn.Linear and _is_here(module.weight)
+        if is_one and (name == _HEAD or name.startswith((_LANGUAGE, *_VISION))):
             yield name, module
+
+
+def _is_here(parameter: Tensor) -> bool:
+    """Whether a tensor was opened: of half a model the others are on the ``meta`` device."""
+    return parameter.device.type != "meta"
 
 
 def _packed(linears: Sequence[nn.Module], kind: type[PackedLinear | Int8Linear]) -> Sequence[Layer]:
@@ -271,7 +283,7 @@ def _packed(linears: Sequence[nn.Module], kind: type[PackedLinear | Int8Linear])
 
 def _obstacle(model: CascadeVLForConditionalGeneration) -> str | None:
     """Why this model cannot be packed here."""
-    weight = model.lm_head.weight
+    weight = next(filter(_is_here, model.parameters()), model.lm_head.weight)
     if has_adapters(model):
         return (
             "the model has adapters; pack it before they are put in, and refresh it with "

@@ -223,9 +223,13 @@ def _attend_block(
         scores.view(shape).masked_fill_(block.hidden, torch.finfo(scores.dtype).min)
     sums = None
     if with_sums:
-        sums = torch.logsumexp(scores.float(), -1)
+        weights = torch.softmax(scores, -1, dtype=torch.float32)
+        # The largest weight is exp(its score - the logarithm): no second pass of exponentials.
+        sums = scores.amax(-1).float() - weights.amax(-1).log_()
         sums = sums.view(num_kv, rectangles, num_groups, num_queries).transpose(1, 2).flatten(2)
-    weights = torch.softmax(scores, -1)  # computed in float32, also where it is not stored so
+        weights = weights.to(values.dtype)
+    else:
+        weights = torch.softmax(scores, -1)  # computed in float32, also where it is not stored so
     found = (weights @ values).view(num_kv, rectangles, num_groups, num_queries, dim)
     return found.transpose(1, 2).flatten(2, 3), sums
 

@@ -245,6 +245,8 @@ class Scheduler:
     def _cut_chunks(self, plan: Plan, limit: Limit) -> None:
         """Fill the step with prompts, those there first first."""
         row, lanes = len(plan.decodes), len(self._lanes)
+        if row == len(self.running):
+            return  # none is reading its prompt
         for job in self.running:
             if self._decodes(job):
                 continue

@@ -36,6 +36,10 @@ Visual: TypeAlias = Callable[[Chunk], Tensor | None]
 _FIXED_TILES = 4
 """Tiles encoded at once where each is to be encoded with the same operations always."""
 
+_CPU_PATCHES = 2048
+"""Patches encoded at once on a CPU, so that activations of a layer stay in the cache between its
+products: of released tiles one or two, of small models' tiles many."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
@@ -202,15 +206,22 @@ class VisionCache:
 
     def _encode(self, pixels: list[np.ndarray]) -> list[Encoded]:
         self.num_encoded += len(pixels)
-        size = _FIXED_TILES if self.batch_invariant else len(pixels)
+        size = _FIXED_TILES if self.batch_invariant else self._together(len(pixels))
         encoded: list[Encoded] = []
         for start in range(0, len(pixels), size):
             part = pixels[start : start + size]
-            filled = np.zeros((size, *part[0].shape), dtype=np.uint8)
+            rows = size if self.batch_invariant else len(part)
+            filled = np.zeros((rows, *part[0].shape), dtype=np.uint8)
             filled[: len(part)] = part
             features = self.model.encode_images(normalise(filled).to(self.model.device))
             encoded += [_of_tile(features, number) for number in range(len(part))]
         return encoded
+
+    def _together(self, num_tiles: int) -> int:
+        """How many of some tiles are encoded at once."""
+        if self.model.device.type != "cpu":
+            return num_tiles
+        return min(num_tiles, max(1, _CPU_PATCHES // self.model.config.patches_per_tile))
 
     def _visual(
         self, tiles: Sequence[Tile], encoded: Mapping[bytes, Encoded]

@@ -139,6 +139,11 @@ class CascadeVLConfig(InternVLConfig):
         return self.tile_px // int(self.vision_config.patch_size[0])
 
     @property
+    def patches_per_tile(self) -> int:
+        """Patches of one tile; the vision tower adds a class token."""
+        return self._side_patches**2
+
+    @property
     def tile_px(self) -> int:
         """Side of a tile in pixels."""
         return int(self.vision_config.image_size[0])

@@ -12,7 +12,7 @@ import torch
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.http_json import HttpServer
-from cascadevl.engine.packed_weights import pack
+from cascadevl.engine.packed_weights import PackedModel, pack
 from cascadevl.engine.requests import EngineConfig
 from cascadevl.engine.vllm import connect
 from cascadevl.model.language_half import load_language_half
@@ -27,15 +27,15 @@ from cascadevl.serving.vllm_answers import VllmAnswers
 from cascadevl.serving.wire import Role
 
 Weights: TypeAlias = Literal["stored", "packed", "int8"]
-"""How an engine holds the language half."""
+"""How weights are held for inference; of the vision half ``int8`` is ``packed``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What an engine is made of.
+    """What an engine is made of, and so far as it applies a vision server.
 
     Attributes:
-        weights: How it holds the language half.
+        weights: How the weights are held.
         cache_bytes: For keys and values.
         batch_invariant: Whether every answer is computed as if it ran alone.
     """
@@ -100,9 +100,13 @@ def make_engine(
     config = EngineConfig(
         cache_bytes=settings.cache_bytes, batch_invariant=settings.batch_invariant
     )
-    weights = settings.weights
-    held = model if weights == "stored" else pack(model, weights, release=True)
-    return Engine(held, processor, config)
+    return Engine(_held(model, settings.weights), processor, config)
+
+
+def _held(
+    model: CascadeVLForConditionalGeneration, weights: Weights
+) -> CascadeVLForConditionalGeneration | PackedModel:
+    return model if weights == "stored" else pack(model, weights, release=True)
 
 
 def make_member(settings: MemberSettings) -> Member:
@@ -121,6 +125,7 @@ def make_member(settings: MemberSettings) -> Member:
     if settings.role == "language":
         return _language_server(settings, weights)
     model, _ = load_vision_half(settings.model, device=settings.device, embedding=False)
+    _held(model, settings.engine.weights)  # in the model itself
     config = VisionConfig(batch_invariant=settings.engine.batch_invariant)
     return VisionServer(model, settings.front, weights=weights, config=config)
 
