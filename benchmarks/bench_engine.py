@@ -109,18 +109,18 @@ class Machine:
 
 
 def measure_machine(dtype: torch.dtype, *, tiny: bool) -> Machine:
-    """Reading a large weight for one row, and a large product.
+    """Reading much more than the caches hold, and a large product.
 
     Args:
         dtype: Of the model.
         tiny: Measure with small sizes, only to see that it works.
     """
-    side = 512 if tiny else 8192
-    weight, vector = torch.randn(side, side).to(dtype), torch.randn(1, side).to(dtype)
-    square = torch.randn(side // 4, side // 4).to(dtype)
-    read = min(_time(lambda: torch.nn.functional.linear(vector, weight)) for _ in range(5))
+    side = 128 if tiny else 2048
+    memory = torch.zeros(2**20 if tiny else 2**27, dtype=torch.int64)
+    square = torch.randn(side, side).to(dtype)
+    read = min(_time(memory.sum) for _ in range(5))
     product = min(_time(lambda: square @ square) for _ in range(5))
-    return Machine(weight.nbytes / read, 2 * (side // 4) ** 3 / product)
+    return Machine(memory.nbytes / read, 2 * side**3 / product)
 
 
 def _time(work: Callable[[], object]) -> float:
@@ -170,8 +170,7 @@ def value_of(row: Row, timing: Timing) -> float:
         return 1 / timing.first_s
     if row.measure == "whole":
         return 1 / timing.whole_s
-    later = row.num_prompts * row.num_samples * (row.new_tokens - 1)
-    return later / (timing.whole_s - timing.first_s)
+    return timing.later / (timing.whole_s - timing.first_s)
 
 
 def limit_of(
@@ -192,7 +191,7 @@ def limit_of(
         sum(p.nbytes for p in text) / machine.bytes_per_s,
         answers * 2 * sum(p.numel() for p in text) / machine.flops_per_s,
     )
-    return value_of(row, Timing(first, first + steps * step))
+    return value_of(row, Timing(first, first + steps * step, answers * steps))
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -42,10 +42,17 @@ class Shape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds until every answer had its first token, and until all had ended."""
+    """What is noted of a case.
+
+    Attributes:
+        first_s: Seconds until every answer had its first token.
+        whole_s: Seconds until all had ended.
+        later: Tokens that came in between: answers that began earlier were then further on.
+    """
 
     first_s: float
     whole_s: float
+    later: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,17 +177,17 @@ class Ours:
         for request in requests:
             engine.add(request)
         seen: set[tuple[int, int]] = set()
-        first = ended = 0.0
-        tokens = 0
+        first = 0.0
+        tokens = early = 0
         while not engine.is_idle:
             result = engine.step()
             tokens += len(result.tokens)
             if len(seen) < wanted:
                 seen |= {(token.request_id, token.sample) for token in result.tokens}
-                first = time.perf_counter() - start
+                first, early = time.perf_counter() - start, tokens
         ended = time.perf_counter() - start
         assert tokens == wanted * case.new_tokens
-        return Timing(first, ended)
+        return Timing(first, ended, tokens - early)
 
 
 class _Clock(StoppingCriteria):
@@ -225,7 +232,8 @@ class Transformers:
         found = self._generate(case, clock, draw=case.num_samples > 1)
         assert found.shape == (len(case.questions) * case.num_samples, case.new_tokens)
         assert clock.first is not None
-        return Timing(clock.first - start, time.perf_counter() - start)
+        later = found.shape[0] * (case.new_tokens - 1)
+        return Timing(clock.first - start, time.perf_counter() - start, later)
 
     @torch.inference_mode()
     def _generate(self, case: Case, clock: _Clock, *, draw: bool) -> Tensor:
@@ -304,23 +312,23 @@ class Vllm:
         if case.others:
             generate(self.backend, case.requests(one, others=True))
         start = time.perf_counter()
-        firsts: dict[tuple[int, int], float] = {}
+        times: dict[tuple[int, int], list[float]] = {}
 
-        async def listen(number: int, request: Request) -> int:
-            count = 0
+        async def listen(number: int, request: Request) -> None:
             async for token in self.backend.stream(request):
-                count += 1
-                firsts.setdefault((number, token.sample), time.perf_counter() - start)
-            return count
+                mine = times.setdefault((number, token.sample), [])
+                mine.append(time.perf_counter() - start)
 
-        async def all_of_them() -> list[int]:
+        async def all_of_them() -> None:
             requests = enumerate(case.requests(how))
-            return await asyncio.gather(*(listen(*each) for each in requests))
+            await asyncio.gather(*(listen(*each) for each in requests))
 
-        counts = asyncio.run(all_of_them())
+        asyncio.run(all_of_them())
         whole = time.perf_counter() - start
-        assert counts == [case.num_samples * case.new_tokens] * len(case.questions)
-        return Timing(max(firsts.values()), whole)
+        assert len(times) == case.num_samples * len(case.questions)
+        assert all(len(mine) == case.new_tokens for mine in times.values())
+        first = max(mine[0] for mine in times.values())
+        return Timing(first, whole, sum(t > first for mine in times.values() for t in mine))
 
 
 def peer_sweep(
