@@ -80,8 +80,11 @@ ROWS = {
         text_tokens=15, num_tiles=7, new_tokens=1, measure="first", aim=1 / 0.3, asked_before=True
     ),
     "decode_1": Row(text_tokens=15, num_tiles=1, measure="rate", aim=1.8),
+    # Long enough that a server whose answers begin one after another has them all for a while.
     "decode_4": Row(text_tokens=15, num_tiles=7, num_prompts=4, measure="rate", aim=8.0),
-    "decode_16": Row(text_tokens=15, num_tiles=1, num_prompts=16, measure="rate", aim=1.5),
+    "decode_16": Row(
+        text_tokens=15, num_tiles=1, num_prompts=16, new_tokens=128, measure="rate", aim=1.5
+    ),
     "samples_8": Row(text_tokens=15, num_tiles=7, num_samples=8, aim=5.0),
     "nano": Row(
         text_tokens=80,
