@@ -23,7 +23,13 @@ from cascadevl.engine.engine_backend import EngineBackend
 from cascadevl.engine.requests import Completion, EngineConfig, Request, TextIds
 from cascadevl.engine.sampler import Allowed
 from cascadevl.engine.sampling import SamplingParams
-from cascadevl.engine.thinking import Reasoning, opens_reasoning, parted, with_forced
+from cascadevl.engine.thinking import (
+    Reasoning,
+    num_reasoning_tokens,
+    opens_reasoning,
+    parted,
+    with_forced,
+)
 from cascadevl.engine.transformers_backend import TransformersBackend
 from cascadevl.errors import RequestError
 from cascadevl.types import Example, ImageRef, Message
@@ -233,3 +239,36 @@ def test_who_cannot_end_reasoning_says_so(tmp_path_factory: pytest.TempPathFacto
     assert backend.capabilities.thinking_budget
     ((found,),) = generate(backend, [request])
     assert "</think>" in found.text
+
+
+@pytest.mark.parametrize(
+    ("text", "is_begun", "reasoning"),
+    [
+        ("one two", False, ""),
+        ("one <think>two</think> three", False, ""),
+        ("<think>\none\n</think>\n\ntwo", False, "<think>\none\n</think>"),
+        ("\n<think>one</think>two</think>", False, "\n<think>one</think>"),
+        ("one\n</think>\n\ntwo", True, "one\n</think>"),
+        ("</think>two", True, "</think>"),
+        ("<think>\none two", False, "<think>\none two"),
+        ("one two", True, "one two"),
+        ("<thi", False, ""),
+    ],
+)
+def test_tokens_of_reasoning_are_those_up_to_its_end(
+    text: str, is_begun: bool, reasoning: str
+) -> None:
+    number = num_reasoning_tokens(PROCESSOR, ids_of(text), is_begun=is_begun)
+    assert number == len(ids_of(reasoning))
+
+
+def test_tokens_of_reasoning_in_a_channel_of_its_own() -> None:
+    processor = processor_of("internvl3_5_gpt_oss")
+    template = processor.template
+    assert template.reasoning is not None
+    opening, closing = template.reasoning
+    thought = ids_of(f"{opening}one two{closing}{template.answer_open}", processor)
+    answer_ids = ids_of("three", processor)
+    assert num_reasoning_tokens(processor, (*thought, *answer_ids)) == len(thought)
+    direct = ids_of(f"{template.answer_open}three", processor)
+    assert num_reasoning_tokens(processor, direct) == 0

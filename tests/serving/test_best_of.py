@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import count
 from typing import Any
+from urllib.request import Request as HttpRequest
+from urllib.request import urlopen
 
 import openai
 import pytest
 import torch
+from openai.types import CompletionUsage
 from tests.engine.small_talk import picture
-from tests.serving.small_server import NAME, SMALL, Served, serving, shown, small_pair
+from tests.serving.small_server import NAME, SMALL, Served, serving, shown, small_pair, until
 
 from cascadevl.data.chat import to_messages
 from cascadevl.engine.critics import Critics, critics_of
@@ -19,6 +25,7 @@ from cascadevl.engine.engine import Engine
 from cascadevl.engine.process_reward import SolutionScore
 from cascadevl.engine.requests import Completion, Request
 from cascadevl.engine.sampling import SamplingParams
+from cascadevl.errors import RequestError
 from cascadevl.serving.limits import Limits
 from cascadevl.types import Message
 
@@ -137,6 +144,137 @@ def test_a_good_score_ends_the_drawing(liked: float, rounds: list[int]) -> None:
     assert reply.model_dump()["num_drawn"] == sum(rounds)
 
 
+class Slow(Liking):
+    """Takes its time; fails where it likes nothing."""
+
+    def __call__(self, prompt: Sequence[Message], solutions: Sequence[str]) -> list[SolutionScore]:
+        time.sleep(0.4)
+        if self.score == 0:
+            raise RequestError("this is too long to be judged")
+        return super().__call__(prompt, solutions)
+
+
+def sent(server: Served, body: dict[str, Any]) -> Any:
+    """The lines of a reply as they come."""
+    header = {"Content-Type": "application/json"}
+    url = f"{server.address}/v1/chat/completions"
+    return urlopen(HttpRequest(url, json.dumps(body).encode(), header), timeout=60)
+
+
+def pieces_of(events: Sequence[Any], index: int) -> list[Any]:
+    """The pieces of one of the answers of a stream."""
+    return [one for event in events for one in event.choices if one.index == index]
+
+
+def test_a_stream_brings_the_best_answers_once_they_are_chosen(served: Served) -> None:
+    wishes: dict[str, Any] = WARM | {"n": 2, "logprobs": True, "extra_body": {"best_of": 4}}
+    create = served.client.chat.completions.create
+    whole = create(messages=PICTURE, **wishes)
+    events = list(
+        create(messages=PICTURE, stream=True, stream_options={"include_usage": True}, **wishes)
+    )
+    for choice in whole.choices:
+        opening, *pieces, end = pieces_of(events, choice.index)
+        assert opening.delta.role == "assistant"
+        assert "".join(one.delta.content or "" for one in pieces) == choice.message.content
+        assert choice.logprobs is not None
+        words = [word for one in pieces if one.logprobs for word in one.logprobs.content]
+        assert [word.token for word in words] == [
+            word.token for word in choice.logprobs.content or ()
+        ]
+        assert end.finish_reason == choice.finish_reason
+        expected, found = choice.model_dump(), end.model_dump()
+        assert found["score"] == pytest.approx(expected["score"], abs=1e-5)
+        assert [step["text"] for step in found["step_scores"]] == [
+            step["text"] for step in expected["step_scores"]
+        ]
+    ends = [event for event in events if event.choices and event.choices[0].finish_reason]
+    assert [end.choices[0].index for end in ends] == [0, 1], "the best one first"
+    assert [end.model_dump()["num_drawn"] for end in ends] == [4, 4]
+    assert whole.usage is not None
+    assert events[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_parts_of_the_best_answer_stream_as_parts() -> None:
+    model, processor = says("<think>\none\n</think>\n\ntwo three")
+    with serving(model, processor) as server:
+        events = list(
+            server.client.chat.completions.create(
+                messages=TEXT,
+                stream=True,
+                extra_body={"best_of": 3},
+                **WARM | {"max_tokens": 40},
+            )
+        )
+    deltas = [one.delta.model_dump() for one in pieces_of(events, 0)]
+    assert [delta["reasoning_content"] for delta in deltas if "reasoning_content" in delta] == [
+        "one"
+    ]
+    assert "".join(delta["content"] or "" for delta in deltas) == "two three"
+    assert events[-1].choices[0].model_dump()["score"] == 1.0
+
+
+def test_who_waits_for_the_best_is_told_that_it_goes_on() -> None:
+    model, processor = says("Answer: 7")
+    critics = Critics(process=Slow(0.5))
+    body = {"messages": TEXT, "best_of": 2, "stream": True, **WARM | {"max_tokens": 20}}
+    with serving(model, processor, critics=critics, keep_alive_s=0.05) as server:
+        with closing(sent(server, body)) as reply:
+            lines = [line for raw in reply if (line := raw.decode().strip())]
+        signs = [line.startswith(":") for line in lines]
+        assert 2 <= sum(signs) < 20
+        assert not any(signs[sum(signs) :]), "once the answer comes, it needs no signs"
+        assert lines[-1] == "data: [DONE]"
+        events = server.client.chat.completions.create(
+            messages=TEXT, stream=True, extra_body={"best_of": 2}, **WARM | {"max_tokens": 20}
+        )
+        assert "".join(event.choices[0].delta.content or "" for event in events) == "Answer: 7"
+
+
+def test_a_failure_while_it_is_chosen_has_a_status_or_is_the_last_event() -> None:
+    wishes: dict[str, Any] = WARM | {"stream": True, "extra_body": {"best_of": 2}}
+    critics = Critics(process=Slow(0.0))
+    refused = pytest.raises(openai.BadRequestError, match="too long to be judged")
+    with serving(MODEL, PROCESSOR, critics=critics) as server, refused:
+        server.client.chat.completions.create(messages=TEXT, **wishes)
+    with serving(MODEL, PROCESSOR, critics=critics, keep_alive_s=0.05) as server:
+        events = server.client.chat.completions.create(messages=TEXT, **wishes)
+        with pytest.raises(openai.APIError, match="too long to be judged"):
+            list(events)
+
+
+def test_who_leaves_before_the_best_is_chosen_holds_nothing() -> None:
+    body = {"messages": TEXT, "best_of": 2, "stream": True, **WARM}
+    critics = Critics(process=Slow(0.5))
+    with serving(MODEL, PROCESSOR, critics=critics, keep_alive_s=0.05) as server:
+        with closing(sent(server, body)) as reply:
+            assert next(reply).startswith(b":")
+            assert server.api.admission.num_open == 1
+        until(lambda: server.api.admission.num_open == 0)
+
+
+@pytest.mark.parametrize("number", [None, 3])
+def test_usage_tells_reasoning_from_the_answer(number: int | None) -> None:
+    model, processor = says("<think>\none two\n</think>\n\nthree")
+    thought = processor.tokenizer("<think>\none two\n</think>", add_special_tokens=False).input_ids
+    wishes: dict[str, Any] = WARM | {"max_tokens": 40}
+    if number is not None:
+        wishes["extra_body"] = {"best_of": number}
+    with serving(model, processor) as server:
+        create = server.client.chat.completions.create
+        reply = create(messages=TEXT, **wishes)
+        options = {"include_usage": True}
+        events = list(create(messages=TEXT, stream=True, stream_options=options, **wishes))
+        older = server.client.completions.create(prompt="one", model=NAME, max_tokens=20)
+    for usage in (reply.usage, events[-1].usage):
+        assert isinstance(usage, CompletionUsage)
+        assert usage.completion_tokens_details is not None
+        assert usage.completion_tokens_details.reasoning_tokens == len(thought) * (number or 1)
+        assert usage.completion_tokens > len(thought) * (number or 1)
+    assert older.usage is not None
+    assert older.usage.completion_tokens_details is None, "text is text there"
+
+
 def test_rounds_draw_from_streams_of_their_own(plain: Served) -> None:
     reply = plain.client.chat.completions.create(
         messages=TEXT, n=3, extra_body={"best_of": 3, "round_size": 2}, **WARM
@@ -150,7 +288,6 @@ def test_rounds_draw_from_streams_of_their_own(plain: Served) -> None:
     [
         ({"best_of": 2, "select": "prm"}, "no reward model"),
         ({"best_of": 2, "n": 3}, "best_of is 2, but n is 3"),
-        ({"best_of": 2, "stream": True}, "known at their ends only"),
         ({"best_of": 2, "temperature": 0}, "would be the same"),
         ({"select": "vote"}, "say with best_of"),
         ({"round_size": 2}, "say with best_of"),

@@ -8,7 +8,7 @@ and it goes on with its answer (docs/decisions/0032). Until then nothing is chan
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -112,6 +112,37 @@ def opens_reasoning(processor: CascadeVLProcessor, ids: Int64[np.ndarray, " toke
     """
     start = TextEncoder(processor.tokenizer)([processor.template.start_thinking])[0]
     return bool(ids[-len(start) :].tolist() == start)
+
+
+def num_reasoning_tokens(
+    processor: CascadeVLProcessor, ids: Sequence[int], *, is_begun: bool = False
+) -> int:
+    """Tokens of an answer up to the end of its reasoning, the marks around it included.
+
+    What is left is what the answer says. Of an answer that ended while it reasoned, all are.
+
+    Args:
+        processor: Of the model.
+        ids: The answer.
+        is_begun: The prompt has opened the reasoning.
+
+    Returns:
+        How many; 0 if it does not reason.
+    """
+    text, end = TextStream(processor), Scanner([THINK_END])
+    start: str | None = None if is_begun else ""  # until it is known how it begins
+    for number, token in enumerate(ids, start=1):
+        piece = text.push(token)
+        if start is not None:
+            start = (start + piece).lstrip()
+            if not start.startswith(THINK):
+                if not THINK.startswith(start):
+                    return 0
+                continue
+            piece, start = start.removeprefix(THINK), None
+        if end.push(piece)[1] is not None:
+            return number
+    return len(ids) if start is None else 0
 
 
 def with_forced(

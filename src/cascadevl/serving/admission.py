@@ -25,6 +25,7 @@ class ApiConfig:
         max_body_bytes: Longest body of a request, pictures included.
         max_held_bytes: Most bytes of the bodies of all requests in hand; more are refused for now.
         num_preparing: Threads that read bodies and cut pictures.
+        keep_alive_s: A stream that has nothing to say for so long says that it goes on.
     """
 
     model_name: str
@@ -33,6 +34,7 @@ class ApiConfig:
     max_body_bytes: int = 2**26
     max_held_bytes: int = 2**30
     num_preparing: int = 2
+    keep_alive_s: float = 15.0  # as the HTML standard advises authors of event streams
 
 
 class Admission:

@@ -33,7 +33,6 @@ from cascadevl.serving.http_errors import (
 from cascadevl.serving.limits import check_form
 from cascadevl.serving.metrics import Metrics
 from cascadevl.serving.openai_answers import (
-    ChatStream,
     Head,
     Words,
     best_completion,
@@ -45,16 +44,18 @@ from cascadevl.serving.openai_answers import (
 from cascadevl.serving.openai_prompts import Asked, Asker
 from cascadevl.serving.openai_replies import sent
 from cascadevl.serving.openai_schema import Asking, ChatRequest, CompletionRequest
+from cascadevl.serving.openai_stream import ChatStream
 from cascadevl.serving.openai_texts import TextEvents, best, text_choice, text_completion
 from cascadevl.serving.remote import Fetcher, Room
 from cascadevl.serving.remote_pictures import fetch_pictures
 from cascadevl.serving.verifying import Verifier
-from cascadevl.serving.waiting import merged, together, unless_gone
+from cascadevl.serving.waiting import merged, together, unless_gone, with_signs
 
 Body = TypeVar("Body", bound=Asking)
 Made = TypeVar("Made")
 
 _DONE = b"data: [DONE]\n\n"
+_SIGN = b": still at it\n\n"
 
 
 class Api:
@@ -119,10 +120,13 @@ class Api:
 
         async def whole(body: ChatRequest, asked: Asked) -> BaseModel:
             if asked.choice is not None:
-                reply = best_completion(asked, await self._candidates(asked), head, self._words)
+                candidates = await self._candidates(asked)
+                reply = await asyncio.to_thread(
+                    best_completion, asked, candidates, head, self._words
+                )
             else:
                 answers = await self._answers(asked.request)
-                reply = chat_completion(asked, answers, head, self._words)
+                reply = await asyncio.to_thread(chat_completion, asked, answers, head, self._words)
             for choice in reply.choices if body.verify else ():
                 choice.verification = await self._verifier(body, asked, choice.message.content)
             return reply
@@ -145,19 +149,34 @@ class Api:
         self, body: ChatRequest, asked: Asked, head: Head
     ) -> AsyncGenerator[bytes, None]:
         stream = ChatStream(asked, head, self._words)
-        ended: list[Completion] = []
+        told = self._as_written if asked.choice is None else self._once_chosen
+        async with aclosing(told(asked, stream)) as events:
+            async for event in events:
+                yield event
+        for number, answer in stream.given if body.verify else ():
+            found = await self._verifier(body, asked, whole_of(asked, answer).content)
+            yield _event(stream.verified(number, found))
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield _event(await asyncio.to_thread(stream.usage))
+        yield _DONE
+
+    async def _as_written(self, asked: Asked, stream: ChatStream) -> AsyncGenerator[bytes, None]:
+        """Events of answers while they are written."""
         async with aclosing(self._timed(asked)) as outputs:
             async for output in outputs:
-                if isinstance(output, Completion):
-                    ended.append(output)
                 for event in stream.take(output):
                     yield _event(event)
-        for answer in ended if body.verify else ():
-            found = await self._verifier(body, asked, whole_of(asked, answer).content)
-            yield _event(stream.verified(answer.sample, found))
-        if body.stream_options is not None and body.stream_options.include_usage:
-            yield _event(stream.usage())
-        yield _DONE
+
+    async def _once_chosen(self, asked: Asked, stream: ChatStream) -> AsyncGenerator[bytes, None]:
+        """Events of the best answers once they are chosen; until then signs that it goes on."""
+        work, every_s = self._candidates(asked), self.config.keep_alive_s
+        async with aclosing(with_signs(work, every_s)) as found:
+            async for candidates in found:
+                if candidates is None:
+                    yield _SIGN
+                    continue
+                for event in await asyncio.to_thread(stream.chosen, candidates):
+                    yield _event(event)
 
     async def completions(self, request: Request) -> Response:
         """Continue texts."""

@@ -41,11 +41,6 @@ def choice_of(body: ChatRequest, critics: Critics) -> BestOfConfig | None:
     number, wanted = body.best_of, body.n or 1
     if number < wanted:
         raise RequestError(f"best_of is {number}, but n is {wanted}; draw at least as many")
-    if body.stream:
-        raise RequestError(
-            f"the best {wanted} of {number} answers are known at their ends only; leave out stream "
-            f"or best_of"
-        )
     config = BestOfConfig(
         num_samples=number,
         select=body.select or ("prm" if critics.has_reward_model else "vote"),

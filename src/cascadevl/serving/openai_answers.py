@@ -1,35 +1,26 @@
-"""From what the engine says to replies of OpenAI's form, at once or as a stream of events."""
+"""From what the engine says to whole replies of OpenAI's form."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.best_of_n import Candidate, ranked
-from cascadevl.engine.requests import Completion, TokenLogprobs, TokenOutput
+from cascadevl.engine.requests import Completion, TokenLogprobs
 from cascadevl.engine.text_stream import token_bytes
-from cascadevl.serving.answer_parts import (
-    AnswerParts,
-    CallArguments,
-    CallName,
-    Content,
-    Piece,
-    Reasoning,
-    WholeAnswer,
-    joined,
-)
+from cascadevl.engine.thinking import num_reasoning_tokens
+from cascadevl.serving.answer_parts import AnswerParts, WholeAnswer, joined
 from cascadevl.serving.openai_prompts import Asked
 from cascadevl.serving.openai_replies import (
     LEAST_LOGPROB,
     ChatAnswer,
     ChatChoice,
-    ChatChunk,
     ChatCompletion,
-    ChatDelta,
     ChatLogprobs,
+    CompletionDetails,
     FinishReason,
     FunctionCall,
     PromptDetails,
@@ -39,7 +30,6 @@ from cascadevl.serving.openai_replies import (
     ToolCall,
     TopLogprob,
     Usage,
-    VerificationReply,
 )
 
 
@@ -132,6 +122,23 @@ def usage_of(answers: Sequence[Completion]) -> Usage:
     )
 
 
+def chat_usage(asked: Asked, answers: Sequence[Completion], words: Words) -> Usage:
+    """The same of answers in a chat, whose reasoning is told apart.
+
+    Args:
+        asked: What was asked.
+        answers: The answers.
+        words: Knows the tokens.
+    """
+    usage = usage_of(answers)
+    number = sum(
+        num_reasoning_tokens(words.processor, answer.token_ids, is_begun=asked.begins_thinking)
+        for answer in answers
+    )
+    usage.completion_tokens_details = CompletionDetails(reasoning_tokens=number)
+    return usage
+
+
 def sum_of(usages: Sequence[Usage]) -> Usage:
     """What several prompts took together."""
     details = [usage.prompt_tokens_details for usage in usages]
@@ -173,7 +180,7 @@ def chat_completion(
         created=head.created,
         model=head.model,
         choices=[_chat_choice(asked, answer, words, answer.sample) for answer in answers],
-        usage=usage_of(answers),
+        usage=chat_usage(asked, answers, words),
     )
 
 
@@ -194,10 +201,7 @@ def best_completion(
         choice = _chat_choice(asked, candidate.completion, words, index)
         choice.score = candidate.score
         if candidate.steps:
-            choice.step_scores = [
-                StepScore(text=text, score=score)
-                for text, score in zip(candidate.steps, candidate.step_scores, strict=True)
-            ]
+            choice.step_scores = step_scores_of(candidate)
         choices.append(choice)
     return ChatCompletion(
         id=head.id,
@@ -205,9 +209,17 @@ def best_completion(
         created=head.created,
         model=head.model,
         choices=choices,
-        usage=usage_of([each.completion for each in candidates]),
+        usage=chat_usage(asked, [each.completion for each in candidates], words),
         num_drawn=len(candidates),
     )
+
+
+def step_scores_of(candidate: Candidate) -> list[StepScore]:
+    """The steps of an answer, each with its score."""
+    return [
+        StepScore(text=text, score=score)
+        for text, score in zip(candidate.steps, candidate.step_scores, strict=True)
+    ]
 
 
 def whole_of(asked: Asked, answer: Completion) -> WholeAnswer:
@@ -224,7 +236,7 @@ def _chat_choice(asked: Asked, answer: Completion, words: Words, index: int) -> 
     if whole.calls:
         calls = [
             ToolCall(
-                id=_call_id(),
+                id=call_id(),
                 type="function",
                 function=FunctionCall(name=call.name, arguments=call.arguments),
             )
@@ -239,145 +251,16 @@ def _chat_choice(asked: Asked, answer: Completion, words: Words, index: int) -> 
         index=index,
         message=ChatAnswer(role="assistant", content=content, **fields),
         logprobs=logprobs,
-        finish_reason=_finish(answer, bool(whole.calls)),
+        finish_reason=finish_of(answer, bool(whole.calls)),
     )
 
 
-def _finish(answer: Completion, has_calls: bool) -> FinishReason:
+def finish_of(answer: Completion, has_calls: bool) -> FinishReason:
+    """How an answer ended, in OpenAI's words."""
     assert answer.finish_reason != "cancelled", "called off answers are never shown"
     return "tool_calls" if has_calls and answer.finish_reason == "stop" else answer.finish_reason
 
 
-def _call_id() -> str:
+def call_id() -> str:
+    """A new identity of a call."""
     return f"call_{secrets.token_hex(12)}"
-
-
-@dataclass(slots=True, eq=False)
-class _Choice:
-    """One answer while it is streamed.
-
-    Attributes:
-        parts: Takes it apart.
-        num_tokens: Tokens seen.
-        has_calls: Whether a call has begun.
-        last: Its last token, which waits for the end.
-    """
-
-    parts: AnswerParts
-    num_tokens: int = 0
-    has_calls: bool = False
-    last: TokenOutput | None = None
-
-
-@dataclass(slots=True, eq=False)
-class ChatStream:
-    """The events of the reply to a conversation.
-
-    Attributes:
-        asked: What was asked.
-        head: Of the reply.
-        words: Shows tokens.
-        answers: Those that have ended.
-    """
-
-    asked: Asked
-    head: Head
-    words: Words
-    answers: list[Completion] = field(default_factory=list)
-    _choices: dict[int, _Choice] = field(default_factory=dict)
-
-    def take(self, output: TokenOutput | Completion) -> list[ChatChunk]:
-        """Events that an output of the engine brings."""
-        events: list[ChatChunk] = []
-        choice = self._choices.get(output.sample)
-        if choice is None:
-            choice = self._choices[output.sample] = _Choice(parts_of(self.asked))
-            opening = ChatAnswer(role="assistant", content="")
-            events.append(self._event(output.sample, opening))
-        if isinstance(output, Completion):
-            return events + self._end(choice, output)
-        choice.num_tokens += 1
-        if output.finish_reason is not None:
-            choice.last = output  # whether it is shown is known with the whole answer
-            return events
-        return events + self._token(choice, output, choice.parts.push(output.text))
-
-    def verified(self, sample: int, found: VerificationReply) -> ChatChunk:
-        """The event that says what was found of the claims of an answer."""
-        event = self._event(sample, ChatAnswer())
-        event.choices[0].verification = found
-        return event
-
-    def usage(self) -> ChatChunk:
-        """The event that says what the request took."""
-        head = self.head
-        return ChatChunk(
-            id=head.id,
-            object="chat.completion.chunk",
-            created=head.created,
-            model=head.model,
-            choices=[],
-            usage=usage_of(self.answers),
-        )
-
-    def _end(self, choice: _Choice, answer: Completion) -> list[ChatChunk]:
-        self.answers.append(answer)
-        events: list[ChatChunk] = []
-        last = choice.last
-        pieces = choice.parts.push(last.text if last else "") + choice.parts.flush()
-        if last is not None and choice.num_tokens == len(answer.token_ids):
-            events += self._token(choice, last, pieces)
-        else:  # a stop token, which is not part of the answer
-            events += [self._event(answer.sample, self._delta(choice, each)) for each in pieces]
-        reason = _finish(answer, choice.has_calls)
-        return [*events, self._event(answer.sample, ChatAnswer(), finish_reason=reason)]
-
-    def _token(
-        self, choice: _Choice, output: TokenOutput, pieces: Sequence[Piece]
-    ) -> list[ChatChunk]:
-        """Events of one token; its log-probability goes with the first of them."""
-        deltas = [self._delta(choice, piece) for piece in pieces]
-        logprobs = None
-        if output.logprobs is not None and output.token_id is not None:
-            logprobs = self.words.chat([output.token_id], [output.logprobs])
-            deltas = deltas or [ChatAnswer(content="")]
-        shown = [logprobs, *[None] * len(deltas)]
-        return [
-            self._event(output.sample, delta, logprobs=each)
-            for delta, each in zip(deltas, shown, strict=False)
-        ]
-
-    def _delta(self, choice: _Choice, piece: Piece) -> ChatAnswer:
-        match piece:
-            case Reasoning(text):
-                return ChatAnswer(reasoning_content=text)
-            case Content(text):
-                return ChatAnswer(content=text)
-            case CallName(index, name):
-                choice.has_calls = True
-                function = FunctionCall(name=name, arguments="")
-                call = ToolCall(index=index, id=_call_id(), type="function", function=function)
-                return ChatAnswer(tool_calls=[call])
-            case CallArguments(index, text):
-                more = ToolCall(index=index, function=FunctionCall(arguments=text))
-                return ChatAnswer(tool_calls=[more])
-
-    def _event(
-        self,
-        sample: int,
-        delta: ChatAnswer,
-        *,
-        logprobs: ChatLogprobs | None = None,
-        finish_reason: FinishReason | None = None,
-    ) -> ChatChunk:
-        head = self.head
-        choice = ChatDelta(
-            index=sample, delta=delta, logprobs=logprobs, finish_reason=finish_reason
-        )
-        return ChatChunk(
-            id=head.id,
-            object="chat.completion.chunk",
-            created=head.created,
-            model=head.model,
-            choices=[choice],
-        )

@@ -130,7 +130,7 @@ class Asker:
             increments=body.increment,
             visual_budget=self._budget(body.visual_budget),
             thinking_budget=body.thinking_budget,
-            stream=bool(body.stream),
+            stream=bool(body.stream) and choice is None,  # the best are known at their ends
         )
         is_call = bool(body.tools) and must_call(body)
         return Asked(

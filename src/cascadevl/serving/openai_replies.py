@@ -29,13 +29,28 @@ class PromptDetails(BaseModel):
     tokens_per_tile: list[int]
 
 
+class CompletionDetails(BaseModel):
+    """Parts of the tokens of answers.
+
+    Attributes:
+        reasoning_tokens: Those up to the end of the reasoning, the marks around it included.
+    """
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
-    """What a request took; the tokens of all its answers together."""
+    """What a request took; the tokens of all its answers together.
+
+    Attributes:
+        completion_tokens_details: Of answers in a chat, where reasoning is told apart.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails | None = None
 
 
 class TopLogprob(BaseModel):
@@ -164,6 +179,8 @@ class ChatDelta(BaseModel):
     """A piece of one of the answers.
 
     Attributes:
+        score: With ``best_of``, in the event that ends it: as in `ChatChoice`.
+        step_scores: The same.
         verification: With ``verify``, its claims, in an event of their own after its end.
     """
 
@@ -171,11 +188,17 @@ class ChatDelta(BaseModel):
     delta: ChatAnswer
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
+    score: float | None = None
+    step_scores: list[StepScore] | None = None
     verification: VerificationReply | None = None
 
 
 class ChatChunk(BaseModel):
-    """One event of a stream of answers."""
+    """One event of a stream of answers.
+
+    Attributes:
+        num_drawn: With ``best_of``, in the events that end answers: how many were drawn.
+    """
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -183,6 +206,7 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChatDelta]
     usage: Usage | None = None
+    num_drawn: int | None = None
 
 
 class TextLogprobs(BaseModel):

@@ -84,6 +84,22 @@ async def merged(
         await _stop(*tasks)
 
 
+async def with_signs(work: Awaitable[Item], every_s: float) -> AsyncGenerator[Item | None, None]:
+    """A result, and until it is there None again and again.
+
+    Args:
+        work: What is waited for; cancelled when this is closed.
+        every_s: Time from one None to the next.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=every_s))[0]:
+            yield None
+        yield task.result()
+    finally:
+        await _stop(task)
+
+
 async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
