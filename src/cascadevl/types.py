@@ -201,7 +201,8 @@ class Batch:
         position_ids: Where each token sits (V2PE, float32); restarts with every sample.
         segments: Segment of each token, unique within a row; ``PADDING_SEGMENT`` for filling.
         parents: The parent of each token's segment, or ``NO_PARENT``.
-        pixel_values: Normalised tiles, or None where no sample of the batch has an image.
+        tiles: RGB tiles as their examples hold them, or None where no sample of the batch has an
+            image. The model normalises them on its own device, in front of the vision tower.
         tokens_per_tile: Visual tokens of each tile.
         visual_index: Flat index (row * tokens + column) of every visual token, in tile order.
         target_index: Flat index of the hidden state that predicts each target.
@@ -215,7 +216,7 @@ class Batch:
     position_ids: Float[Tensor, "rows tokens"]
     segments: Int64[Tensor, "rows tokens"]
     parents: Int64[Tensor, "rows tokens"]
-    pixel_values: Float[Tensor, "tiles 3 px px"] | None
+    tiles: UInt8[Tensor, "tiles px px 3"] | None
     tokens_per_tile: Int64[Tensor, " tiles"]
     visual_index: Int64[Tensor, " visual"]
     target_index: Int64[Tensor, " targets"]

@@ -88,10 +88,10 @@ def test_full_and_compressed_rows_have_the_same_targets(
     assert batch.full.tokens_per_tile.tolist() == [FULL] * 6
     assert batch.packed.tokens_per_tile.tolist() == [FULL, SMALL, SMALL, SMALL, SMALL, FULL]
     assert batch.full.num_tokens - batch.packed.num_tokens == 4 * (FULL - SMALL)
-    assert batch.full.pixel_values is batch.packed.pixel_values  # not there twice
+    assert batch.full.tiles is batch.packed.tiles  # not there twice
     moved = batch.to("cpu")
     assert moved.full is not None
-    assert moved.full.pixel_values is moved.packed.pixel_values
+    assert moved.full.tiles is moved.packed.tiles
     assert (batch.num_tiles, batch.num_tokens) == (6, batch.packed.num_tokens)
     assert batch.sources == ("some:0", "some:1", "some:2", "some:3")
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.reference import tiling_by_hand
@@ -129,6 +130,28 @@ def test_normalise_every_value_exactly_enough():
     ours = normalise(values)
     assert ours.is_contiguous()
     np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy(), expected, rtol=0, atol=5e-7)
+
+
+def test_normalise_rounds_every_step_to_float32_whether_it_is_given_an_array_or_a_tensor():
+    """The values are these to the last bit: one product and one difference, two rounded factors."""
+    values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    of_array, of_tensor = normalise(values), normalise(torch.from_numpy(values), "cpu")
+    for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
+        scale = np.float32(1) / (np.float32(255) * np.float32(std))
+        shift = np.float32(mean) / np.float32(std)
+        expected = values[0, :, :, channel].astype(np.float32) * scale - shift
+        np.testing.assert_array_equal(of_array[0, channel].numpy(), expected)
+    assert of_array.dtype == torch.float32
+    assert torch.equal(of_array, of_tensor)
+    assert of_tensor.is_contiguous()
+
+
+def test_tiles_that_are_normalised_stay_as_they_were():
+    tiles = torch.arange(192, dtype=torch.uint8).view(4, 4, 4, 3)
+    before = tiles.clone()
+    some = normalise(tiles[1::2])
+    assert torch.equal(some, normalise(tiles)[1::2])
+    assert torch.equal(tiles, before)
 
 
 def test_order_is_row_major_with_the_thumbnail_last():

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from cascadevl.data.collate import collate
 from cascadevl.data.example import ExampleBuilder, ExampleConfig
 from cascadevl.data.packing import size_of
-from cascadevl.data.tiling import TilingConfig
+from cascadevl.data.tiling import TilingConfig, normalise
 from cascadevl.data.tokenizer import build_tokenizer
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.types import Batch, Example, ImageRef, Message, Record, VisualFeatures
@@ -175,10 +175,10 @@ def test_tiles_encoded_before_give_the_same_and_can_be_shared() -> None:
     ]
     batch = collated([variants])
     with torch.no_grad():
-        patches = model.model.patch_features(collated([[example]]).pixel_values)
+        patches = model.model.patch_features(normalise(example.tiles))
     shared = VisualFeatures(patches=patches.repeat(number, 1, 1))
     expected, _ = scored(model, batch)
-    found, grads = scored(model, replace(batch, pixel_values=None), shared)
+    found, grads = scored(model, replace(batch, tiles=None), shared)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert not any(grads[name].any() for name in grads if "vision_tower" in name)
 
@@ -201,7 +201,7 @@ def test_cached_equals_uncached_with_mixed_tiles(body: str, pieces: list[int]) -
     model = model_of(body)
     batch = collated([[replace(EXAMPLES[2], tokens_per_tile=(FULL, SMALL, SMALL, FULL) * 3)]])
     with torch.no_grad():
-        visual = model.model.encode(batch.pixel_values, batch.tokens_per_tile)
+        visual = model.model.encode(batch.tiles, batch.tokens_per_tile)
         embeds = model.model.embed(batch.input_ids, batch.visual_index, visual)
         expected = model.decode(embeds, batch.position_ids).logits
         cache, logits = DynamicCache(), []

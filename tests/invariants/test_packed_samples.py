@@ -179,7 +179,7 @@ def test_a_packed_row_equals_transformers_with_a_mask_by_hand(row: Row, body: st
     masks = {kind: mask_by_hand(batch, windows[kind]) for kind in dict.fromkeys(kinds)}
     takes_one = body in ("qwen3_moe", "internlm2", "internlm3")
     with torch.no_grad():
-        visual = model.model.encode(batch.pixel_values)
+        visual = model.model.encode(batch.tiles)
         embeds = model.model.embed(batch.input_ids, batch.visual_index, visual)
         hidden = plain(
             inputs_embeds=embeds,

@@ -122,7 +122,7 @@ def test_a_shared_prompt_equals_separate_samples_with_its_gradients(kind: str) -
         position_ids=torch.cat([whole[0].position_ids, after])[None],
         segments=torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None],
         parents=torch.repeat_interleave(torch.tensor([-1, 0, 0]), torch.tensor(lengths))[None],
-        pixel_values=whole[0].pixel_values,
+        tiles=whole[0].tiles,
         tokens_per_tile=separate.tokens_per_tile[:2],
         visual_index=(ids == IMAGE).nonzero().squeeze(1),
         target_index=torch.tensor(

@@ -10,17 +10,23 @@ import torch
 from tests.model.small import IMAGE, PX, TOKENS_PER_TILE, VOCAB
 from torch import Tensor
 
+from cascadevl.data.tiling import normalise
 from cascadevl.sequence import expand
 from cascadevl.types import NO_PARENT, PADDING_SEGMENT, Batch
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample alone: ids, positions and pixels as one row would hold them."""
+    """A sample alone: ids, positions and tiles as one row would hold them."""
 
     input_ids: Tensor
     position_ids: Tensor
-    pixel_values: Tensor | None
+    tiles: Tensor | None
+
+    @property
+    def pixel_values(self) -> Tensor | None:
+        """The tiles as a plain call takes them."""
+        return None if self.tiles is None else normalise(self.tiles)
 
 
 def sample(
@@ -40,11 +46,11 @@ def sample(
         tokens_per_image=[TOKENS_PER_TILE * number for number in tiles],
         increments=increments or [1.0] * len(tiles),
     )
-    pixels = generator.standard_normal((sum(tiles), 3, PX, PX)).astype(np.float32)
+    drawn = generator.integers(0, 256, (sum(tiles), PX, PX, 3), dtype=np.uint8)
     return Sample(
         torch.from_numpy(expanded.input_ids),
         torch.from_numpy(expanded.position_ids),
-        torch.from_numpy(pixels) if len(pixels) else None,
+        torch.from_numpy(drawn) if len(drawn) else None,
     )
 
 
@@ -69,14 +75,14 @@ def pack(rows: Sequence[Sequence[Sample]]) -> Batch:
             weights += [1.0 / len(each.input_ids)] * (stop - start - 1)
             samples += [number] * (stop - start - 1)
             start, number = stop, number + 1
-    pixels = [each.pixel_values for row in rows for each in row if each.pixel_values is not None]
-    num_tiles = sum(map(len, pixels))
+    drawn = [each.tiles for row in rows for each in row if each.tiles is not None]
+    num_tiles = sum(map(len, drawn))
     return Batch(
         input_ids=input_ids,
         position_ids=position_ids,
         segments=segments,
         parents=torch.full(shape, NO_PARENT),
-        pixel_values=torch.cat(pixels) if pixels else None,
+        tiles=torch.cat(drawn) if drawn else None,
         tokens_per_tile=torch.full((num_tiles,), TOKENS_PER_TILE),
         visual_index=(input_ids == IMAGE).flatten().nonzero().squeeze(1),
         target_index=torch.tensor(predictors),

@@ -57,7 +57,7 @@ def batch_of(tiles: int, tokens: int, targets: int) -> Batch:
         position_ids=torch.arange(tokens).float()[None],
         segments=torch.zeros_like(ids),
         parents=torch.full_like(ids, NO_PARENT),
-        pixel_values=torch.ones(tiles, 3, PX, PX) if tiles else None,
+        tiles=torch.ones(tiles, PX, PX, 3, dtype=torch.uint8) if tiles else None,
         tokens_per_tile=torch.full((tiles,), TOKENS_PER_TILE),
         visual_index=torch.arange(visual),
         target_index=torch.arange(tokens - targets - 1, tokens - 1),
@@ -116,7 +116,7 @@ def test_operations_of_compressed_tiles_and_of_the_router_equal_torchs_counter(
     counts = torch.tensor([1] * compressed + [TOKENS_PER_TILE] * (tiles - compressed))
     work = Work(tokens=0, tiles=tiles, compressed_tiles=compressed)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.model.encode(torch.ones(tiles, 3, PX, PX), counts)
+        model.model.encode(torch.ones(tiles, PX, PX, 3, dtype=torch.uint8), counts)
     assert counter.get_total_flops() == cost.forward_flops(model.config, work).total
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model.router(torch.ones(tiles, 16, 24))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.model.packed import head, packed_batch, sample
+from tests.model.packed import head, pack, packed_batch, sample
 from tests.model.small import IMAGE, small_config, small_model
 from tests.reference import pixel_shuffle_by_hand
 
@@ -141,6 +141,23 @@ def test_features_made_before_equal_pixels() -> None:
         expected = model(input_ids=each.input_ids[None], pixel_values=each.pixel_values).logits
         got = model(input_ids=each.input_ids[None], features=features).logits
     assert torch.equal(got, expected)
+
+
+def test_the_tower_sees_the_same_numbers_of_a_batch_and_of_a_plain_call() -> None:
+    model = small_model()
+    seen: list[torch.Tensor] = []
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
+    )
+    each = sample([2, 1])
+    batch = pack([[each]])
+    assert batch.tiles is not None
+    assert batch.tiles.dtype == torch.uint8
+    model(batch=batch, head_fn=head(batch))
+    model(input_ids=each.input_ids[None], pixel_values=each.pixel_values)
+    of_batch, plain = seen
+    assert of_batch.dtype == torch.float32
+    assert torch.equal(of_batch, plain)
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])

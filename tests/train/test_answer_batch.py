@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.engine.small_talk import build, model_for, picture
@@ -13,7 +14,6 @@ from tests.train.small_gspo import small_config
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.stream import CollateConfig
-from cascadevl.data.tiling import normalise
 from cascadevl.losses.gspo import group_advantages
 from cascadevl.tasks.problems import Problem
 from cascadevl.train.answer_batch import Plan, lay_out, nothing_learned, scored
@@ -90,8 +90,8 @@ def test_the_picture_of_a_group_goes_through_the_model_once(processor):
     one = group(processor, (1.0, 0.0, 0.0, 1.0))
     (plan,) = lay_out([one], ROOMY, collate_of(processor))
     batch = plan.batch(collate_of(processor))
-    assert batch.rows.pixel_values is not None
-    assert torch.equal(batch.rows.pixel_values, normalise(one.asked.prompt.tiles))
+    assert batch.rows.tiles is not None
+    assert np.array_equal(batch.rows.tiles.numpy(), one.asked.prompt.tiles)
 
 
 def test_flat_groups_and_answers_without_an_advantage_are_left_out(processor):

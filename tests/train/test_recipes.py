@@ -294,7 +294,7 @@ def test_weights_from_scratch_depend_on_the_seed_alone() -> None:
 def test_drop_path_of_the_run_takes_the_place_of_the_models(before: float) -> None:
     model, _ = from_scratch(ModelConfig(preset="nano"), tokenizer(), seed=0)
     accelerator = Accelerator(cpu=True)
-    tiles = torch.randn(2, 3, 112, 112)
+    tiles = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8)
 
     def differs() -> bool:
         model.train()

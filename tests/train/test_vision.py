@@ -55,7 +55,7 @@ class Fixed(torch.nn.Module):
         super().__init__()
         self.logits = classes, centres
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.logits
 
 
@@ -64,7 +64,7 @@ def test_loss_equals_the_loops() -> None:
     classes = torch.randn(2, 3, 4, generator=generator)
     centres = torch.randn(2, 3, generator=generator)
     batch = PageBatch(
-        pixels=torch.zeros(2, 3, 14, 14),
+        tiles=torch.zeros(2, 14, 14, 3, dtype=torch.uint8),
         classes=torch.tensor([[0, 1, 3], [2, 0, 0]]),
         centres=torch.tensor([[False, True, True], [False, False, True]]),
         sources=("a", "b"),

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from cascadevl.data.tiling import normalise
 from cascadevl.errors import DataError
 from cascadevl.losses.next_token import Averaging, sample_weights
 from cascadevl.sequence import Expanded, expand, tokens_per_image
@@ -74,7 +73,7 @@ def collate(
             np.where(expanded.parents == NO_PARENT, NO_PARENT, expanded.parents - first_segment),
             NO_PARENT,
         ),
-        pixel_values=normalise(np.concatenate(tiles)) if tiles else None,
+        tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else None,
         tokens_per_tile=torch.tensor(_counts(examples, tokens_per_tile), dtype=torch.int64),
         visual_index=torch.from_numpy(grid.flat_index[expanded.is_visual]),
         target_index=torch.from_numpy(grid.flat_index[predictor[targets]]),

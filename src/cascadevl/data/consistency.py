@@ -48,8 +48,8 @@ class ConsistencyBatch:
         """The same batch on another device."""
         packed = self.packed.to(device)
         full = None if self.full is None else self.full.to(device)
-        if full is not None:  # the pixels are the same ones, there too
-            full = replace(full, pixel_values=packed.pixel_values)
+        if full is not None:  # the tiles are the same ones, there too
+            full = replace(full, tiles=packed.tiles)
         return replace(
             self,
             packed=packed,
@@ -108,7 +108,7 @@ class ConsistencyCollate:
         seen = replace(self.packed, pad_to=None)(
             [[with_full_tiles(e) for e in row] for row in rows]
         )
-        return replace(seen, pixel_values=packed.pixel_values)
+        return replace(seen, tiles=packed.tiles)
 
     def _known(self, examples: Sequence[Example], packed: Batch) -> TopTokens | None:
         assert self.known is not None

@@ -143,8 +143,8 @@ class ProcessRewardModel:
                     part = candidates[first:last]
                     example = self._builder.candidates(question, part, source="the solutions")
                 batch = self._batch(example)
-                if visual is None and batch.pixel_values is not None:
-                    visual = self._visual(example, batch.pixel_values)
+                if visual is None and batch.tiles is not None:
+                    visual = self._visual(example, batch.tiles)
                 flat = self._forward(batch, visual).tolist()
                 owners = batch.target_samples.tolist()
                 own = dict[int, list[float]]()
@@ -153,10 +153,10 @@ class ProcessRewardModel:
                 scores += own.values()  # targets stand in the order of their branches
         return scores
 
-    def _visual(self, example: Example, pixels: Tensor) -> Float[Tensor, "visual hidden"]:
+    def _visual(self, example: Example, tiles: Tensor) -> Float[Tensor, "visual hidden"]:
         if self._encode is not None:
             return self._encode(example.tiles)
-        return self.model.model.encode(pixels)
+        return self.model.model.encode(tiles)
 
     def _groups(self, example: Example) -> list[tuple[int, int]]:
         """Ranges of candidates that share a forward: as many as fit."""

@@ -213,7 +213,7 @@ class VisionCache:
             rows = size if self.batch_invariant else len(part)
             filled = np.zeros((rows, *part[0].shape), dtype=np.uint8)
             filled[: len(part)] = part
-            features = self.model.encode_images(normalise(filled).to(self.model.device))
+            features = self.model.encode_images(normalise(filled, self.model.device))
             encoded += [_of_tile(features, number) for number in range(len(part))]
         return encoded
 

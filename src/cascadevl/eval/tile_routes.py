@@ -83,7 +83,7 @@ def route_tiles(
             "cascadevl train router"
         )
     rule = budget_for(model.config, budget)
-    pixels = normalise(tiles).to(model.device)
+    pixels = normalise(tiles, model.device)
     probability = model.model.router(model.model.patch_features(pixels))
     return TileRoutes(
         probabilities=tuple(probability.float().tolist()),

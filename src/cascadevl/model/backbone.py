@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64, UInt8
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.models.internvl.modeling_internvl import InternVLPreTrainedModel
 
+from cascadevl.data.tiling import normalise
 from cascadevl.model.attention import (
     TEXT_ATTENTION,
     VISION_ATTENTION,
@@ -60,7 +61,7 @@ class CascadeVLModel(InternVLPreTrainedModel):
     def patch_features(
         self, pixel_values: Float[Tensor, "tiles 3 px px"]
     ) -> Float[Tensor, "tiles patches channels"]:
-        """What the vision tower makes of tiles, without the class token."""
+        """What the vision tower makes of normalised tiles, without the class token."""
         patches = self.vision_tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state
         features: Tensor = patches[:, 1:]
         return features
@@ -144,16 +145,16 @@ class CascadeVLModel(InternVLPreTrainedModel):
 
     def encode(
         self,
-        pixel_values: Float[Tensor, "tiles 3 px px"],
+        tiles: UInt8[Tensor, "tiles px px 3"],
         tokens_per_tile: Int64[Tensor, " tiles"] | None = None,
     ) -> Float[Tensor, "visual hidden"]:
-        """Visual tokens of tiles, one tile behind the other.
+        """Visual tokens of the tiles of a batch, one tile behind the other.
 
         Args:
-            pixel_values: Normalised tiles.
+            tiles: RGB tiles, which are normalised here; `patch_features` takes normalised ones.
             tokens_per_tile: Visual tokens of each tile; all are full where not given.
         """
-        return self.project(self.patch_features(pixel_values), tokens_per_tile)
+        return self.project(self.patch_features(normalise(tiles)), tokens_per_tile)
 
     def embed(
         self,

@@ -130,7 +130,8 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
 
         Args:
             input_ids: Token ids, image slots expanded; or ``inputs_embeds`` instead.
-            pixel_values: Normalised tiles of all images, in the order of their tokens.
+            pixel_values: Normalised tiles of all images, in the order of their tokens, as the
+                released processors make them; a batch brings its own, not normalised.
             attention_mask: Nonzero where a token is real, those in the cache first. Rows may be
                 padded on either side.
             position_ids: Where the tokens sit; worked out from ``input_ids`` where not given.
@@ -192,8 +193,8 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
         visual = None
         if features is not None:
             visual = self.model.visual_tokens(features, batch.tokens_per_tile)
-        elif batch.pixel_values is not None:
-            visual = self.model.encode(batch.pixel_values, batch.tokens_per_tile)
+        elif batch.tiles is not None:
+            visual = self.model.encode(batch.tiles, batch.tokens_per_tile)
         embeds = self.model.embed(batch.input_ids, batch.visual_index, visual)
         layout = self.model.layout(batch.segments, batch.parents)
         hidden_states = self.model.run_text(embeds, batch.position_ids, layout)

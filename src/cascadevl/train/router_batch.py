@@ -107,7 +107,7 @@ class TileFeatures:
         if position in self._kept:
             self._kept.move_to_end(position)
             return self._kept[position]
-        pixels = normalise(self._build(position).tiles).to(self._model.device)
+        pixels = normalise(self._build(position).tiles, self._model.device)
         found: Tensor = self._model.model.patch_features(pixels).cpu()
         self._kept[position] = found
         self._room -= found.nbytes

@@ -120,8 +120,8 @@ class Measure:
         """What the reference's head reads where the targets are predicted, all tiles full."""
         body = self._reference.model
         batch = self._collate([[example]]).to(self._reference.device)
-        assert batch.pixel_values is not None, "the example has tiles"
-        visual = body.encode(batch.pixel_values, batch.tokens_per_tile)
+        assert batch.tiles is not None, "the example has tiles"
+        visual = body.encode(batch.tiles, batch.tokens_per_tile)
         embeds = body.embed(batch.input_ids, batch.visual_index, visual)
         layout = body.layout(batch.segments, batch.parents)
         hidden = body.run_text(embeds, batch.position_ids, layout)
@@ -184,7 +184,7 @@ class _Encoded:
     ) -> _Encoded:
         body = model.model
         assert body.compressed_projector is not None, "the recipe has looked"
-        patches = body.patch_features(normalise(example.tiles).to(model.device))
+        patches = body.patch_features(normalise(example.tiles, model.device))
         return cls(
             full=body.multi_modal_projector(patches),
             compressed=body.compressed_projector(patches),

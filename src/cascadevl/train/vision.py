@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import PIL.Image
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional
@@ -68,13 +68,13 @@ class PageBatch:
     """Some pages.
 
     Attributes:
-        pixels: The pages, normalised as tiles are.
+        tiles: The pages, in RGB: one tile each.
         classes: Class of every patch.
         centres: Whether the middle of a thing lies in it.
         sources: Numbers of the pages, for errors.
     """
 
-    pixels: Float[Tensor, "pages 3 px px"]
+    tiles: UInt8[Tensor, "pages px px 3"]
     classes: Int64[Tensor, "pages patches"]
     centres: Bool[Tensor, "pages patches"]
     sources: tuple[str, ...]
@@ -87,13 +87,13 @@ class PageBatch:
     @property
     def num_tiles(self) -> int:
         """Number of pages."""
-        return len(self.pixels)
+        return len(self.tiles)
 
     def to(self, device: torch.device | str) -> PageBatch:
         """The same batch on another device."""
         return replace(
             self,
-            pixels=self.pixels.to(device),
+            tiles=self.tiles.to(device),
             classes=self.classes.to(device),
             centres=self.centres.to(device),
         )
@@ -117,7 +117,7 @@ class PageStream:
         classes = np.stack([page.classes for page in drawn]).reshape(len(drawn), -1)
         centres = np.stack([page.centres for page in drawn]).reshape(len(drawn), -1)
         return PageBatch(
-            pixels=normalise(np.stack([np.asarray(page.image) for page in drawn])),
+            tiles=torch.from_numpy(np.stack([np.asarray(page.image) for page in drawn])),
             classes=torch.from_numpy(classes),
             centres=torch.from_numpy(centres),
             sources=tuple(f"page {number}" for number in numbers),
@@ -144,11 +144,11 @@ class PatchReader(nn.Module):
         self.centres = nn.Linear(width, 1)
 
     def forward(
-        self, pixels: Float[Tensor, "pages 3 px px"]
+        self, tiles: UInt8[Tensor, "pages px px 3"]
     ) -> tuple[Float[Tensor, "pages patches classes"], Float[Tensor, "pages patches"]]:
         """Logits of the class of each patch, and of a middle in it; float32."""
-        dtype = self.classes.weight.dtype
-        features = self.vision_tower(pixel_values=pixels.to(dtype)).last_hidden_state[:, 1:]
+        pixel_values = normalise(tiles).to(self.classes.weight.dtype)
+        features = self.vision_tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
         features = self.norm(features)  # the class token is not asked
         return self.classes(features).float(), self.centres(features)[..., 0].float()
 
@@ -159,7 +159,7 @@ def _weights(batch: PageBatch) -> Float[Tensor, "pages patches"]:
 
 def _loss(model: nn.Module, batch: PageBatch, weight_sum: float) -> Terms:
     """Weighted cross-entropy of the classes plus that of the middles."""
-    class_logits, centre_logits = model(batch.pixels)
+    class_logits, centre_logits = model(batch.tiles)
     weights = _weights(batch)
     nll = functional.cross_entropy(class_logits.mT, batch.classes, reduction="none")
     middle = functional.binary_cross_entropy_with_logits(
