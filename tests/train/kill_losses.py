@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from tests.killing import killed
 
 from cascadevl.train.loss_journal import Drawn, TileLosses, measured_losses
@@ -75,7 +76,7 @@ def write(folder: Path, tell: Callable[[int], None]) -> list[TileLosses]:
         settings={"seed": 0},
         num_draws=NUMBER,
         chunk=CHUNK,
-        tell=lambda words: None,
+        console=Console(quiet=True),
     )
 
 

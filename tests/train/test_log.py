@@ -4,11 +4,12 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.train.small_run import QUIET
 
-from cascadevl.train.log import RunLog, git_commit, write_facts
+from cascadevl.train.log import RunLog, counted, git_commit, write_facts
 
 
 def steps(out: Path) -> list[int]:
@@ -58,6 +59,36 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
         log.message("hello")
     assert text.getvalue() == ""
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("num_parts", "told"),
+    [(45, [5, 9, 14, 18, 23, 27, 32, 36, 41, 45]), (3, [1, 2, 3]), (1, [1]), (0, [])],
+)
+def test_a_pass_of_many_parts_is_told_in_ten_lines_at_most(num_parts: int, told: list[int]) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=False, width=200)
+    parts = [f"part {number}" for number in range(num_parts)]
+    assert list(counted(parts, "the reference", console, is_main=True)) == parts
+    lines = [f"the reference: {number} of {num_parts}" for number in told]
+    assert text.getvalue().splitlines() == lines
+
+
+def test_a_terminal_sees_one_bar_of_a_pass() -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=120, color_system=None)
+    assert list(counted(range(45), "the reference", console, is_main=True)) == [*range(45)]
+    assert "the reference" in text.getvalue()
+    assert "100%" in text.getvalue()
+    assert text.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_other_processes_do_their_parts_in_silence(is_terminal: bool) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=is_terminal, color_system=None)
+    assert list(counted(range(3), "the reference", console, is_main=False)) == [0, 1, 2]
+    assert text.getvalue() == ""
 
 
 def test_facts_of_a_run_are_kept(tmp_path: Path) -> None:

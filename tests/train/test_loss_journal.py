@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.train.kill_losses import NUMBER, MadeUp, losses_of
+from tests.train.small_run import QUIET
 
 from cascadevl.errors import ConfigError
 from cascadevl.train.loss_journal import TileLosses, measured_losses, stored_losses
@@ -46,7 +47,7 @@ def measured_by(number: int, folder: Path, num_draws: int) -> tuple[list[TileLos
             settings={"seed": 0},
             num_draws=num_draws,
             chunk=4,
-            tell=lambda words: None,
+            console=QUIET,
         )
 
     with ThreadPoolExecutor(number) as pool:

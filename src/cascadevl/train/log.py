@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -24,12 +24,18 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeRemainingColumn,
+    track,
 )
 
 from cascadevl.version import __version__
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
+
+PartT = TypeVar("PartT")
+
+TOLD = 10
+"""How often the progress of a pass is told where there is no terminal."""
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "safetensors", "pillow")
 
@@ -133,6 +139,31 @@ class RunLog:
         """Tell people something that is not a metric."""
         if self._is_main:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def counted(
+    parts: Sequence[PartT], title: str, console: Console | None, *, is_main: bool
+) -> Iterator[PartT]:
+    """The parts of a pass before the first step, one by one, while people see how far it is.
+
+    A terminal shows one bar; otherwise there are at most ten lines, whatever the number of parts.
+
+    Args:
+        parts: The parts of this process.
+        title: What is computed.
+        console: Where people look; standard error if None.
+        is_main: Whether this process is the one that shows anything.
+    """
+    shown = console or Console(stderr=True)
+    if not (is_main and parts):
+        yield from parts
+    elif shown.is_terminal:
+        yield from track(parts, title, console=shown)
+    else:
+        for number, part in enumerate(parts, start=1):
+            yield part
+            if number * TOLD // len(parts) > (number - 1) * TOLD // len(parts):
+                shown.print(f"{title}: {number} of {len(parts)}", highlight=False)
 
 
 def write_facts(out: Path, config_yaml: str, *, seed: int) -> None:

@@ -13,20 +13,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from rich.console import Console
+
 from cascadevl.data.journal import Journal, alone, check_settings, noted_sizes
 from cascadevl.data.json_text import decode_json
 from cascadevl.data.mixture import Mixture
 from cascadevl.data.stream import Builder
 from cascadevl.errors import DataError
+from cascadevl.train.log import counted
 from cascadevl.train.tile_losses import Losses
 from cascadevl.types import Example
 
 NO_TILES = "no_tiles"
 """What stands instead of losses where a record is text alone: no fault, but nothing to route."""
-
-
-TOLD = 20
-"""How often the progress is told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +107,7 @@ def measured_losses(
     settings: Mapping[str, Any],
     num_draws: int,
     chunk: int,
-    tell: Callable[[str], None],
+    console: Console | None = None,
 ) -> list[TileLosses]:
     """The losses of the first draws of a mixture; those in the folder are not measured again.
 
@@ -123,7 +122,7 @@ def measured_losses(
         settings: JSON values that the losses depend on.
         num_draws: How many draws.
         chunk: Draws that are measured and written together.
-        tell: Called with words on the progress.
+        console: Where progress is shown; standard error if None.
 
     Returns:
         One entry a draw, in their order.
@@ -142,9 +141,8 @@ def measured_losses(
     if own:
         with alone(folder / file):
             journal = Journal(folder, [file], settings, resume=True, journal=_journal_of(file))
-            for number, positions in enumerate(own, start=1):
-                if number % max(1, len(own) // TOLD) == 0:
-                    tell(f"losses of single tiles: part {number} of {len(own)}")
+            is_main = processes.process_index == 0
+            for positions in counted(own, "losses of single tiles", console, is_main=is_main):
                 found = _found(positions, drawn, measure)
                 journal.commit({file: [asdict(each) for each in found]}, {})
     processes.wait_for_everyone()

@@ -30,6 +30,7 @@ from cascadevl.data.stream import Builder
 from cascadevl.errors import ConfigError, DataError, TrainingError
 from cascadevl.model.adapters import fingerprint
 from cascadevl.train.config import FREE_KEYS, TrainConfig, plain
+from cascadevl.train.log import counted
 from cascadevl.train.sources import row_rule
 from cascadevl.types import Example, Record
 
@@ -115,10 +116,9 @@ def stored_parts(
     missing = [number for number, file in enumerate(files) if not file.exists()]
     accelerator.wait_for_everyone()  # all have looked before anyone writes
     own = missing[accelerator.process_index :: accelerator.num_processes]
-    shown = console or Console(stderr=True)
     model.eval()
-    for number in own:
-        shown.print(f"reference log-probabilities: part {number + 1} of {records.num_parts}")
+    title, is_main = "reference log-probabilities", accelerator.is_main_process
+    for number in counted(own, title, console, is_main=is_main):
         _publish(files[number], safetensors.torch.save(compute(records.part(number))))
     accelerator.wait_for_everyone()
     return files

@@ -220,7 +220,7 @@ def _measured(
             f"data set {streamed[0]!r} is streamed, and its records cannot be read by number; "
             "write it to files"
         )
-    section, shown = config.router, console or Console(stderr=True)
+    section = config.router
     builder = example_builder(
         config.data, processor, config.run.seed, max_positions=dynamic_limit(model.config)
     )
@@ -244,7 +244,7 @@ def _measured(
         settings=settings,
         num_draws=section.records,
         chunk=section.chunk,
-        tell=lambda words: shown.print(words, highlight=False),
+        console=console,
     )
     return drawn, losses
 
