@@ -44,6 +44,13 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(tmp_path: Path):
     assert done.stderr == f"error: there is no picture {tmp_path / 'absent.png'}\n"
 
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "cascadevl", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"cascadevl {__version__}"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as done:
         cli.main(["--version"])
