@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.train.small_router import NUM_RECORDS, Pages, pages, router_config, run, write_start
 from tests.train.small_run import QUIET
 
@@ -22,6 +23,7 @@ from cascadevl.train.checkpoint import latest, load
 from cascadevl.train.loss_journal import TileLosses
 from cascadevl.train.router import FACTS, LOSSES, router
 from cascadevl.train.router_batch import LabelledRecord, TileFeatures, TileStream
+from cascadevl.train.router_choice import BEST
 from cascadevl.train.router_config import RouterSection
 from cascadevl.train.router_labels import labelled, parted
 
@@ -126,7 +128,7 @@ def test_every_draw_is_in_the_journal_once(done: Path) -> None:
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(start: Start, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(whole, start)
+    run(whole, start, run__eval_interval=1)
 
     class Stop(BaseException):
         pass
@@ -139,7 +141,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(start: Start, tmp_path: Path
         run(parts, start, run__eval_interval=1, on_step=stop)
     journal = (parts / LOSSES / "losses-000.jsonl").read_bytes()
     # Features that are not kept are encoded again, to the same bits.
-    result = run(parts, start, run__resume=True, router__feature_bytes=0)
+    again = {"run__resume": True, "run__eval_interval": 1, "router__feature_bytes": 0}
+    result = run(parts, start, **again)
     assert result.finished
     assert (parts / LOSSES / "losses-000.jsonl").read_bytes() == journal
     one, other = (load(latest(out / "checkpoints")) for out in (whole, parts))  # type: ignore[arg-type]
@@ -147,6 +150,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(start: Start, tmp_path: Path
     for name, tensor in one.weights.items():
         assert torch.equal(tensor, other.weights[name]), name
     assert (whole / FACTS).read_bytes() == (parts / FACTS).read_bytes()
+    one_best, other_best = (load_file(out / BEST) for out in (whole, parts))
+    assert all(torch.equal(tensor, other_best[name]) for name, tensor in one_best.items())
 
 
 def test_losses_serve_another_run_with_other_labels(

@@ -39,6 +39,7 @@ from cascadevl.train.mixing import mixed
 from cascadevl.train.objective import Objective, Terms
 from cascadevl.train.optim import Optimiser, set_precision
 from cascadevl.train.router_batch import LabelledRecord, TileBatch, TileFeatures, TileStream
+from cascadevl.train.router_choice import BEST, BestRouter
 from cascadevl.train.router_config import RouterConfig
 from cascadevl.train.router_labels import faults, labelled, parted
 from cascadevl.train.run import (
@@ -69,6 +70,8 @@ def router(
     console: Console | None = None,
 ) -> TrainResult:
     """Train the router of a model, everything else frozen, and calibrate its threshold.
+
+    What is exported is the router that knew the held-out tiles best (`router.choose`).
 
     Args:
         config: The run.
@@ -116,17 +119,19 @@ def router(
         accelerator=accelerator,
     )
     take_up(state, config)
+    best = _best(config, state)
     with open_log("router", config, state, console) as log:
         log.message(facts.words)
-        exam = _Exam(features, held_out, log, on_step)
+        exam = _Exam(features, held_out, log, best, on_step)
         finished = train(state, run, OBJECTIVE, log=log, save=saver(config), on_step=exam)
 
-    # A threshold for single tiles, by what the router thinks of tiles it was not trained on.
-    if finished:
+    # A threshold for single tiles, by what the best router thinks of tiles not trained on.
+    if finished and accelerator.is_main_process:
+        step = best.restore(trained) if best is not None else None
         found = calibrate(model, features, held_out, config.router.keep_share)
-        if accelerator.is_main_process:
-            text = json.dumps({"labels": asdict(facts), **found}, indent=2) + "\n"
-            (config.run.out / FACTS).write_text(text, encoding="utf-8")
+        chosen = {"chosen_step": state.step if step is None else step}
+        text = json.dumps({"labels": asdict(facts), **chosen, **found}, indent=2) + "\n"
+        (config.run.out / FACTS).write_text(text, encoding="utf-8")
     return export(state, model, processor, config, finished=finished, keeps_context=True)
 
 
@@ -199,6 +204,14 @@ def _start(
     nn.Module.to(model, accelerator.device)
     model.train(False)
     return model, processor
+
+
+def _best(config: RouterConfig, state: TrainState[Any]) -> BestRouter | None:
+    """Where the best router is kept; None where the last is wanted, or another process keeps it."""
+    if config.router.choose == "last" or not state.accelerator.is_main_process:
+        return None
+    config.run.out.mkdir(parents=True, exist_ok=True)
+    return BestRouter(config.run.out / BEST, step=state.step)
 
 
 def _measured(
@@ -291,21 +304,24 @@ OBJECTIVE: Objective[TileBatch] = Objective(weigh=_weigh, loss=_loss)
 
 
 class _Exam:
-    """Examines the router on held-out records, then calls what the caller gave."""
+    """Examines the router on held-out records, keeps the best, and calls what the caller gave."""
 
     def __init__(
         self,
         features: TileFeatures,
         records: Sequence[LabelledRecord],
         log: RunLog,
+        best: BestRouter | None,
         on_step: Callable[[TrainState[Any]], None] | None,
     ) -> None:
         self._features, self._records, self._log = features, records, log
-        self._on_step = on_step
+        self._best, self._on_step = best, on_step
 
     def __call__(self, state: TrainState[Any]) -> None:
         found = examined(state.model, self._features, self._records)
         self._log.write(state.step, {f"held_out_{name}": x for name, x in found.items()})
+        if self._best is not None:
+            self._best.offer(state.step, state.model, found)
         if self._on_step is not None:
             self._on_step(state)
 

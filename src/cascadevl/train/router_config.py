@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from cascadevl.errors import ConfigError
 from cascadevl.losses.router import LabelForm
@@ -28,6 +29,8 @@ class RouterSection:
         balanced: Let both labels weigh alike, however many there are of each.
         held_out: Share of the records that the router is examined and calibrated with instead of
             trained; with 0 it is calibrated with those it was trained on.
+        choose: Which router is exported: the ``best`` of all examinations (``run.eval_interval``)
+            by the area under the ROC curve of the held-out tiles, or the ``last``.
         keep_share: Share of tiles that is to stay full: the absolute threshold in the exported
             model is the one that keeps so many of the held-out tiles.
         store: Folder of the measured losses; None for one in the run folder. Runs that differ only
@@ -45,6 +48,7 @@ class RouterSection:
     floor: float = 0.1  # ours: docs/decisions/0030
     balanced: bool = True
     held_out: float = 0.1
+    choose: Literal["best", "last"] = "best"  # ours: docs/decisions/0048
     keep_share: float = 1 / 3  # half of the visual tokens, as in the InternVL3.5 report
     store: Path | None = None
     chunk: int = 16
@@ -82,7 +86,7 @@ def _optim() -> OptimConfig:
 
 
 def _run() -> RunConfig:
-    return RunConfig(num_steps=1000, checkpoint_interval=200)  # ours: not published
+    return RunConfig(num_steps=1000, eval_interval=100, checkpoint_interval=200)  # ours
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -252,6 +252,7 @@ def _router(config: CascadeConfig, place: Place, console: Console) -> Done:
     facts = {
         "labelled": labels["tiles"],
         "within": labels["within"],
+        "chosen_step": found["chosen_step"],
         "threshold": found["threshold"],
         **{f"held_out_{name}": value for name, value in found["held_out"].items()},
     }
