@@ -190,4 +190,10 @@ def test_the_table() -> None:
     assert cells[1] == ["rollouts", "", "", "", "1.5 min", "1.5 min", "2", "2"]
     assert cells[2][4:] == ["1.11 h", "1.14 h", "3", "5"]
     assert cells[3][:4] == ["most frequent answer", "20.0", "20.0", "20.0"]
+    # Where a router saved visual tokens, the table says how many were taken.
+    routed = dataclasses.replace(last, stage="router", visual_share=0.55)
+    headings, cells = cells_of([start, data, routed])
+    assert headings[4:6] == ["visual tokens, %", "time"]
+    assert [line[4] for line in cells] == ["100.0", "", "55.0", ""]
+    assert {len(line) for line in cells} == {len(headings)}
     assert clock(59.0) == "59 s"

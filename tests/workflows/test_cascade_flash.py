@@ -100,3 +100,14 @@ def test_a_router_without_a_stage_before_it_needs_a_reference(folder: Path) -> N
         cascade(config_of(folder, *alone), console=QUIET)
     named = [*alone, f"router.router.reference={folder / 'start'}"]
     assert cascade(config_of(folder, *named), console=QUIET).model.endswith("router/run/model")
+
+
+def test_the_summary_says_how_many_visual_tokens_were_taken(folder: Path) -> None:
+    own = [f"model={folder / 'out/vico/run/model'}", f"out={folder / 'counted'}"]
+    own += ["stages=[router]", f"router.router.reference={folder / 'start'}"]
+    own += ["router.router.keep_share=0.0"]  # every tile is compressed: 4 of 16 visual tokens
+    own += ["exam.tasks=[shapes:easy@224]", "exam.questions=2", "exam.answer_tokens=2"]
+    for _ in range(2):  # the second time from what the first has left
+        lines = cascade(config_of(folder, *own), console=QUIET).lines
+        assert [line.visual_share for line in lines] == [1.0, 0.25]
+    assert "| visual tokens, % |" in (folder / "counted/summary.md").read_text("utf-8")

@@ -11,24 +11,28 @@ from; a stage that is done is not done again, and one that was interrupted in an
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cascadevl.data.journal import alone
+from cascadevl.data.processor import CascadeVLProcessor
+from cascadevl.engine.conversation import answer
 from cascadevl.errors import ConfigError
-from cascadevl.eval.responder import ModelResponder
 from cascadevl.eval.runner import run_suite
 from cascadevl.eval.suite import SuiteRow
 from cascadevl.model.loading import load
+from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.tasks.naming import task_named
 from cascadevl.train.config import FREE_KEYS
+from cascadevl.types import Message
 from cascadevl.workflows.cascade_config import CascadeConfig, ExamSection, StageName
 from cascadevl.workflows.cascade_report import (
     CascadeSummary,
+    Examined,
     ExamRow,
     StageLine,
     terminal_table,
@@ -77,7 +81,7 @@ def cascade(config: CascadeConfig, *, console: Console | None = None) -> Cascade
         place, lines = Place(model=config.model), list[StageLine]()
         if place.model is not None:
             exam = _examined(config.exam, place.model, config.out / START, console)
-            lines.append(StageLine(stage=START, seconds=0.0, flops=0.0, facts={}, exam=exam))
+            lines.append(_line(START, exam))
         for stage in config.ordered:
             done = _finished(config, stage, place)
             if done is None:
@@ -85,22 +89,34 @@ def cascade(config: CascadeConfig, *, console: Console | None = None) -> Cascade
                 done = _run(config, stage, place, course, console)
             changed = done.place.model != place.model
             place = done.place
-            exam = []
+            exam = Examined()
             if changed and place.model is not None:
                 exam = _examined(config.exam, place.model, config.out / stage, console)
-            lines.append(
-                StageLine(
-                    stage=stage,
-                    seconds=course.seconds.get(stage, 0.0),
-                    flops=done.flops,
-                    facts=done.facts,
-                    exam=exam,
-                )
-            )
+            seconds = course.seconds.get(stage, 0.0)
+            lines.append(_line(stage, exam, seconds=seconds, flops=done.flops, facts=done.facts))
             table = write_summary(lines, config.out)
         console.print(terminal_table(lines))
         assert place.model is not None
         return CascadeSummary(lines=lines, model=place.model, table=table)
+
+
+def _line(
+    stage: str,
+    exam: Examined,
+    *,
+    seconds: float = 0.0,
+    flops: float = 0.0,
+    facts: Mapping[str, float] | None = None,
+) -> StageLine:
+    """A line of the summary."""
+    return StageLine(
+        stage=stage,
+        seconds=seconds,
+        flops=flops,
+        facts=facts or {},
+        exam=exam.rows,
+        visual_share=exam.visual_share,
+    )
 
 
 def _run(
@@ -172,27 +188,57 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, 
     return None
 
 
-def _examined(exam: ExamSection, model: str, folder: Path, console: Console) -> list[ExamRow]:
+def _examined(exam: ExamSection, model: str, folder: Path, console: Console) -> Examined:
     """Scores of a model; those of an earlier attempt, if the questions were the same."""
     if not exam.tasks:
-        return []
+        return Examined()
     path, settings = folder / EXAM, _plain({**asdict(exam), "model": model})
     if path.is_file():
         kept = json.loads(path.read_text("utf-8"))
         if kept["settings"] == settings:
-            return [ExamRow(**row) for row in kept["rows"]]
-    rows = [
+            rows = [ExamRow(**row) for row in kept["rows"]]
+            return Examined(rows=rows, visual_share=kept.get("visual_share", 1.0))
+    suite = [
         SuiteRow(name=name, task=task_named(name, px=exam.px), num_questions=exam.questions)
         for name in exam.tasks
     ]
-    loaded, processor = load(model)
-    responder = ModelResponder(model=loaded, processor=processor, max_new_tokens=exam.answer_tokens)
-    with console.status(f"asking {exam.questions} questions of each of {len(rows)} kinds"):
-        found = [ExamRow.of(score) for score in run_suite(responder, rows, seed=exam.seed)]
-    _write(path, {"settings": settings, "rows": [asdict(row) for row in found]})
-    line = " · ".join(f"{row.name} {100 * row.share:.1f}" for row in found)
+    responder = _Counting(*load(model), max_new_tokens=exam.answer_tokens)
+    with console.status(f"asking {exam.questions} questions of each of {len(suite)} kinds"):
+        rows = [ExamRow.of(score) for score in run_suite(responder, suite, seed=exam.seed)]
+    found = Examined(rows=rows, visual_share=responder.visual_share)
+    _write(path, {"settings": settings, **asdict(found)})
+    line = " · ".join(f"{row.name} {100 * row.share:.1f}" for row in rows)
+    if found.visual_share < 1:
+        line += f" · with {found.visual_share:.1%} of the visual tokens"
     console.print(f"% right: {line}", highlight=False)
     return found
+
+
+@dataclass(slots=True)
+class _Counting:
+    """A model that answers greedily, and counts the visual tokens that its pictures take.
+
+    Attributes:
+        model: The model.
+        processor: Its processor.
+        max_new_tokens: Longest answer.
+        visual_share: Of the latest answers: visual tokens as a share of those of full tiles.
+    """
+
+    model: CascadeVLForConditionalGeneration
+    processor: CascadeVLProcessor
+    max_new_tokens: int
+    visual_share: float = 1.0
+
+    def __call__(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """Answer all conversations."""
+        answers = answer(
+            self.model, self.processor, conversations, max_new_tokens=self.max_new_tokens, seed=0
+        )
+        tokens = [number for each in answers for number in each.tokens_per_tile]
+        full = len(tokens) * self.model.tokens_per_tile
+        self.visual_share = sum(tokens) / full if full else 1.0
+        return [each.text for each in answers]
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:

@@ -48,6 +48,19 @@ class ExamRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Examined:
+    """What an examination found.
+
+    Attributes:
+        rows: Scores; none where nothing was asked.
+        visual_share: Visual tokens that the pictures took, as a share of those of full tiles.
+    """
+
+    rows: Sequence[ExamRow] = ()
+    visual_share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageLine:
     """A stage in the summary.
 
@@ -57,6 +70,7 @@ class StageLine:
         flops: Floating point operations of the bodies, by formula.
         facts: What it says about itself.
         exam: Scores of the model it left; empty of a stage that leaves data.
+        visual_share: Visual tokens that these took, as a share of those of full tiles.
     """
 
     stage: str
@@ -64,6 +78,7 @@ class StageLine:
     flops: float
     facts: Mapping[str, float]
     exam: Sequence[ExamRow]
+    visual_share: float = 1.0
 
     @property
     def score(self) -> float | None:
@@ -87,11 +102,15 @@ class CascadeSummary:
 
 
 def cells_of(lines: Sequence[StageLine]) -> tuple[list[str], list[list[str]]]:
-    """The summary as headings and cells of text."""
+    """The summary as headings and cells of text.
+
+    How many visual tokens were taken is a column only where a router saved some.
+    """
     examined = next((line.exam for line in lines if line.exam), ())
     rows = [row.name for row in examined]
     mean = ["mean"] if len(rows) > 1 else []
-    headings = ["stage", *mean, *rows, "time", "time in all", "TFLOP", "TFLOP in all"]
+    spared = ["visual tokens, %"] if any(line.visual_share < 1 for line in lines) else []
+    headings = ["stage", *mean, *rows, *spared, "time", "time in all", "TFLOP", "TFLOP in all"]
     cells = []
     seconds = flops = 0.0
     for line in lines:
@@ -100,12 +119,15 @@ def cells_of(lines: Sequence[StageLine]) -> tuple[list[str], list[list[str]]]:
         average = [] if not mean else [f"{100 * line.score:.1f}" if line.score is not None else ""]
         times = [clock(line.seconds), clock(seconds)]
         work = [f"{line.flops / 1e12:.3g}", f"{flops / 1e12:.3g}"]
-        cells.append([line.stage, *average, *(shares or [""] * len(rows)), *times, *work])
+        visual = [f"{100 * line.visual_share:.1f}" if line.exam else ""] if spared else []
+        scores = shares or [""] * len(rows)
+        cells.append([line.stage, *average, *scores, *visual, *times, *work])
     if examined:
         constants = [f"{100 * row.constant:.1f}" for row in examined]
         overall = 100 * statistics.fmean(row.constant for row in examined)
         average = [f"{overall:.1f}"] if mean else []
-        cells.append(["most frequent answer", *average, *constants, *[""] * 4])
+        empty = [""] * (len(spared) + 4)
+        cells.append(["most frequent answer", *average, *constants, *empty])
     return headings, cells
 
 
