@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,74 @@ def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         print(f"{path.stem} is done", flush=True)
     result: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return result
+
+
+def begun_with(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write down with what an experiment was begun; refuse to go on with anything else.
+
+    Args:
+        path: The file.
+        settings: What its results depend on; what is no JSON value is written as text.
+    """
+    own: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(own, indent=1) + "\n", "utf-8")
+    before: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    differing = [key for key in {**before, **own} if before.get(key) != own.get(key)]
+    if differing:
+        key = differing[0]
+        raise SystemExit(
+            f"{path.parent} was begun with {key} = {before.get(key)}, now it is {own.get(key)}; "
+            "take another --out"
+        )
+
+
+class CoreHours:
+    """Processor time of the parts of a program, all threads together, on disk as it is spent.
+
+    Of an attempt that is killed, what came after the last note is lost. Processes that run side by
+    side need a file each.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Take up what earlier attempts noted.
+
+        Args:
+            path: The file.
+        """
+        self._path = path
+        self._spent: dict[str, float] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    @contextmanager
+    def counted(self, part: str) -> Iterator[Callable[..., None]]:
+        """Count what is done within.
+
+        Args:
+            part: Its name.
+
+        Yields:
+            What notes the time until then, whatever it is given: something to call now and then.
+        """
+        before, began = self._spent.get(part, 0.0), time.process_time()
+
+        def note(*_: object) -> None:
+            self._spent[part] = before + (time.process_time() - began) / 3600
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(self._spent, indent=1) + "\n", "utf-8")
+            partial.replace(self._path)
+
+        try:
+            yield note
+        finally:
+            note()
+
+    @property
+    def words(self) -> str:
+        """What all parts took, and each."""
+        each = ", ".join(f"{name} {hours:.2f}" for name, hours in self._spent.items())
+        return f"{sum(self._spent.values()):.2f} core-hours ({each})"
 
 
 def pretrained(out: Path, num_steps: int) -> Path:

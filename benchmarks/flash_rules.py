@@ -1,4 +1,4 @@
-"""Rules that say which tiles can do with fewer visual tokens: the router, and what needs no model.
+"""Rules that say which tiles can do with fewer visual tokens: routers, and what needs no model.
 
 Every rule gives a tile a number from 0 to 1, the larger the fitter for compression, so that a
 threshold can be calibrated for all of them alike (`cascadevl.model.routing.calibrated`).
@@ -7,42 +7,38 @@ threshold can be calibrated for all of them alike (`cascadevl.model.routing.cali
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
 from cascadevl.data.tiling import normalise
+from cascadevl.losses.router import LabelForm
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.types import Example
 
-RULES = ("router", "random", "edges", "entropy")
+ROUTERS: dict[str, LabelForm] = {"router": "ratio", "router of differences": "difference"}
+"""Routers, and what their labels were made of; the first one is the report's."""
+
+RULES = (*ROUTERS, "random", "edges")
 
 Rule = Callable[[Example], list[float]]
 """How fit for compression each tile of an example is, 0 to 1."""
 
 
-def rule_of(name: str, model: CascadeVLForConditionalGeneration, seed: int) -> Rule:
-    """How a rule scores the tiles of an example."""
-    if name == "router":
-        return cache_by_tiles(lambda example: probabilities(model, example))
+def rule_of(name: str, models: Mapping[str, CascadeVLForConditionalGeneration], seed: int) -> Rule:
+    """How a rule scores the tiles of an example.
+
+    Args:
+        name: One of `RULES`.
+        models: The model of each of `ROUTERS`.
+        seed: Of chance.
+    """
+    if name in models:
+        return lambda example: probabilities(models[name], example)
     if name == "random":
-        return lambda example: [drawn(tile, seed) for tile in example.tiles]
-    measure = {"edges": edge_density, "entropy": entropy}[name]
-    return cache_by_tiles(lambda example: [1 - measure(tile) for tile in example.tiles])
-
-
-def cache_by_tiles(rule: Rule) -> Rule:
-    """The same rule, asked once for each example object."""
-    held = cache(lambda number: rule(known[number]))
-    known: dict[int, Example] = {}
-
-    def asked(example: Example) -> list[float]:
-        known[id(example)] = example  # held, so that no other object gets its number
-        return held(id(example))
-
-    return asked
+        return lambda example: drawn(example, seed)
+    return lambda example: [1 - edge_density(tile) for tile in example.tiles]
 
 
 @torch.inference_mode()
@@ -54,9 +50,14 @@ def probabilities(model: CascadeVLForConditionalGeneration, example: Example) ->
     return values
 
 
-def drawn(tile: np.ndarray, seed: int) -> float:
-    """A number that depends on a tile's pixels and a seed alone."""
-    return zlib.crc32(tile.tobytes(), seed) / 2**32
+def drawn(example: Example, seed: int) -> list[float]:
+    """Numbers that depend on a picture, the places of its tiles and a seed alone.
+
+    Tiles that look alike get different ones: chance knows nothing of plain paper.
+    """
+    generator = np.random.default_rng([zlib.crc32(example.tiles.tobytes()), seed])
+    values: list[float] = generator.random(example.num_tiles).tolist()
+    return values
 
 
 def edge_density(tile: np.ndarray) -> float:
@@ -64,10 +65,3 @@ def edge_density(tile: np.ndarray) -> float:
     grey = tile.mean(-1)
     change = np.abs(np.diff(grey, axis=0))[:, :-1] + np.abs(np.diff(grey, axis=1))[:-1]
     return float((change > 25.5).mean())
-
-
-def entropy(tile: np.ndarray) -> float:
-    """Entropy of the grey levels, as a share of its largest value."""
-    counts = np.bincount(tile.mean(-1).round().astype(np.int64).ravel(), minlength=256)
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log2(shares)).sum() / 8)
