@@ -222,7 +222,7 @@ def test_who_waits_for_the_best_is_told_that_it_goes_on() -> None:
         with closing(sent(server, body)) as reply:
             lines = [line for raw in reply if (line := raw.decode().strip())]
         signs = [line.startswith(":") for line in lines]
-        assert 2 <= sum(signs) < 20
+        assert sum(signs) >= 2
         assert not any(signs[sum(signs) :]), "once the answer comes, it needs no signs"
         assert lines[-1] == "data: [DONE]"
         events = server.client.chat.completions.create(
