@@ -72,13 +72,13 @@ class Size:
     num_terms: tuple[int, int] = (3, 5)
     sft_scenes: int = 9000
     sft_steps: int = 250
-    judged_scenes: int = 400
+    judged_scenes: int = 600
     continuations: int = 16  # VisualPRM
     threshold: float = 1 / 8
-    judge_steps: int = 320
+    judge_steps: int = 480
     judge_row: int = 16
     judge_lr: float = 3e-4
-    exam_scenes: int = 150
+    exam_scenes: int = 200
     planted_scenes: int = 100
     num_samples: int = 32
     temperatures: tuple[float, ...] = (0.7, 1.0)
