@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from cascadevl.serving.pipeline import Pipeline, PipelineConfig
 from cascadevl.serving.vision_server import VisionConfig, VisionServer
 
 QUICK = PipelineConfig(silence_s=2.0, patience_s=30.0)
+INVARIANT = EngineConfig(num_pages=400, page_tokens=4, batch_invariant=True)
+DRAWN = {"temperature": 1.3, "seed": 5, "logprobs": 2}
 
 
 def requests(processor: CascadeVLProcessor, **more: Any) -> list[Request]:
@@ -111,3 +113,65 @@ async def joined(pipeline: Pipeline, number: int) -> None:
             return
         await asyncio.sleep(0.02)
     raise AssertionError(f"not all of {number} servers have joined")
+
+
+async def asked(answers: Answers, wishes: Sequence[Request]) -> list[tuple[Completion, ...]]:
+    """What somebody answers who works for these questions alone."""
+    await answers.start()
+    try:
+        return await all_answers(answers, wishes)
+    finally:
+        await answers.stop()
+
+
+def by_engine(
+    model: CascadeVLForConditionalGeneration,
+    processor: CascadeVLProcessor,
+    wishes: Sequence[Request],
+) -> list[tuple[Completion, ...]]:
+    """What an engine answers in this thread."""
+    return Engine(model, processor, INVARIANT).generate(wishes)
+
+
+def facts(answers: list[tuple[Completion, ...]]) -> list[list[Any]]:
+    """All of the answers that must be equal to the bit."""
+    return [
+        [(a.token_ids, a.text, a.finish_reason, a.logprobs, a.increments) for a in each]
+        for each in answers
+    ]
+
+
+class Cable:
+    """A way over TCP that can be cut; it can be used again at once."""
+
+    def __init__(self, target: str) -> None:
+        self._port = int(target.rpartition(":")[2])
+        self._writers: list[asyncio.StreamWriter] = []
+        self.num_cut = 0
+
+    async def open(self) -> str:
+        self._server = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        return f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def cut(self) -> None:
+        self.num_cut += len(self._writers) // 2
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    def close(self) -> None:
+        self._server.close()
+        self.cut()
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers += [writer, back]
+        await asyncio.gather(pump(reader, back), pump(there, writer))
+
+
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(ConnectionError):
+        while content := await reader.read(4096):
+            writer.write(content)
+            await writer.drain()
+    writer.close()

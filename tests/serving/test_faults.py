@@ -12,12 +12,21 @@ from urllib.parse import urlsplit
 
 import pytest
 from tests.engine.small_talk import build, model_for
-from tests.serving.small_dvd import QUICK, all_answers, joined, requests, said, working
+from tests.serving.small_command import free_port
+from tests.serving.small_dvd import (
+    INVARIANT,
+    QUICK,
+    Cable,
+    all_answers,
+    joined,
+    requests,
+    said,
+    working,
+)
 from tests.serving.small_server import NAME, serving, small_pair
-from tests.serving.test_pipeline import Cable
 
 from cascadevl.engine.engine import Engine
-from cascadevl.engine.requests import Completion, EngineConfig
+from cascadevl.engine.requests import Completion
 from cascadevl.serving.engine_thread import EngineThread
 from cascadevl.serving.language_server import LanguageServer
 from cascadevl.serving.pipeline import Pipeline
@@ -25,7 +34,6 @@ from cascadevl.serving.vision_server import VisionConfig, VisionServer
 
 PROCESSOR = build()
 MODEL = model_for(PROCESSOR)
-INVARIANT = EngineConfig(num_pages=400, page_tokens=4, batch_invariant=True)
 
 
 class Behind(LanguageServer):
@@ -36,12 +44,6 @@ class Behind(LanguageServer):
     @property
     def features_at(self) -> str:
         return self.through
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.timeout(200)
