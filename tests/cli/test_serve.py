@@ -6,11 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +15,15 @@ import openai
 import PIL.Image
 import pytest
 from tests.engine.vllm_double import TextModel, vllm_double
+from tests.serving.small_command import command
 from tests.serving.small_server import shown
 
 from cascadevl.cli.main import main
 from cascadevl.model.loading import find
 
 
-@contextmanager
-def served(
-    *words: str, key: str = "none", **settings: Any
-) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
-    command = [sys.executable, "-m", "cascadevl.cli.main", "serve", "micro", "--port", "0", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **settings) as process:
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            name, _, url = line.strip().partition(" at ")
-            assert name == "micro"
-            with openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=60) as client:
-                yield process, client
-        finally:
-            process.kill()
-
-
 def test_a_stream_in_hand_is_ended_after_sigterm_and_nothing_new_is_taken():
-    with served() as (process, client):
+    with command() as (process, client):
         stream = client.chat.completions.create(
             model="micro",
             messages=[{"role": "user", "content": "Count."}],
@@ -63,10 +44,15 @@ def test_a_stream_in_hand_is_ended_after_sigterm_and_nothing_new_is_taken():
 
 
 def test_a_port_in_use_is_said(capsys: pytest.CaptureFixture[str]):
-    with served() as (_, client):
+    with command() as (_, client):
         port = client.base_url.port
         assert main(["serve", "micro", "--port", str(port)]) == 2
     assert f"cannot listen at 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_questions_are_counted_by_key_alone(capsys: pytest.CaptureFixture[str]):
+    assert main(["serve", "micro", "--port", "0", "--max-per-minute", "5"]) == 2
+    assert "give --api-keys" in capsys.readouterr().err
 
 
 QUESTION: Any = {
@@ -78,7 +64,7 @@ QUESTION: Any = {
 
 
 def test_a_full_disk_for_the_log_costs_no_answer():
-    with served("--log", "/dev/full") as (process, client):
+    with command("--log", "/dev/full") as (process, client):
         for _ in range(3):
             assert client.chat.completions.create(**QUESTION).choices[0].message.content
         process.send_signal(signal.SIGTERM)
@@ -87,7 +73,7 @@ def test_a_full_disk_for_the_log_costs_no_answer():
 
 def test_a_log_that_nobody_reads_costs_no_answer():
     """A pipe holds 64 KiB; each line of the log is longer than its path."""
-    with served(stderr=subprocess.PIPE) as (process, client):
+    with command(stderr=subprocess.PIPE) as (process, client):
         for _ in range(400):
             with pytest.raises(openai.NotFoundError):
                 client.models.retrieve("a" * 300)
@@ -103,7 +89,7 @@ def test_keys_a_log_and_no_home(tmp_path: Path):
     keys.write_text(f"ann {key}\n")
     nowhere = {**os.environ, "HOME": "/nonexistent", "XDG_CACHE_HOME": "/nonexistent"}
     words = ("--api-keys", str(keys), "--log", str(log))
-    with served(*words, key=key, env=nowhere) as (process, client):
+    with command(*words, key=key, env=nowhere) as (process, client):
         assert client.chat.completions.create(**QUESTION).choices[0].message.content
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="none").models.list()
@@ -117,7 +103,7 @@ def test_keys_a_log_and_no_home(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_server_with_a_reward_model_gives_the_best_of_several():
-    with served("--reward-model", "micro", "--step-lines") as (_, client):
+    with command("--reward-model", "micro", "--step-lines") as (_, client):
         reply = client.with_options(timeout=200).chat.completions.create(
             model="micro",
             messages=[{"role": "user", "content": "What is 27 + 45?"}],
@@ -133,7 +119,7 @@ def test_a_server_with_a_reward_model_gives_the_best_of_several():
 
 @pytest.mark.slow
 def test_two_halves_as_processes_answer_and_all_end_with_the_front():
-    with served("--vision", "1", "--language", "1") as (process, client):
+    with command("--vision", "1", "--language", "1") as (process, client):
         picture = PIL.Image.new("RGB", (200, 100), "white")
         part = {"type": "text", "text": "What is it?"}
         reply = client.with_options(timeout=200).chat.completions.create(
@@ -154,7 +140,7 @@ def test_two_halves_as_processes_answer_and_all_end_with_the_front():
 
 @pytest.mark.slow
 def test_processes_end_when_their_front_is_killed():
-    with served("--vision", "1", "--language", "1") as (process, _):
+    with command("--vision", "1", "--language", "1") as (process, _):
         members = children(process.pid)
         process.kill()
         process.wait()
@@ -167,7 +153,7 @@ def test_processes_end_when_their_front_is_killed():
 @pytest.mark.slow
 def test_vllm_computes_the_language_half(tmp_path: Path):
     text = TextModel(find("micro"), tmp_path / "text", max_model_len=4096)
-    with vllm_double(text) as vllm, served("--vllm", vllm.url) as (process, client):
+    with vllm_double(text) as vllm, command("--vllm", vllm.url) as (process, client):
         part = {"type": "text", "text": "What is it?"}
         picture = PIL.Image.new("RGB", (200, 100), "white")
         reply = client.with_options(timeout=200).chat.completions.create(

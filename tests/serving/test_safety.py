@@ -83,6 +83,25 @@ def test_without_a_key_only_the_state_is_told(guarded: Served):
     assert asked(guarded, "GET", "/ready?/v1/models")[0] == 200
 
 
+def test_a_key_that_asks_too_often_waits_and_others_do_not():
+    listen = {"keys": Keys.of({"ann": KEY, "bob": KEY[::-1] + "x"}), "per_minute": 2}
+    with serving(MODEL, PROCESSOR, listen=listen) as served:
+        ann = served.client.with_options(api_key=KEY)
+        bob = served.client.with_options(api_key=KEY[::-1] + "x")
+        wishes: Any = {"model": NAME, "messages": TURNS, "max_tokens": 2}
+        for _ in range(2):
+            assert ann.chat.completions.create(**wishes).usage is not None
+        for _ in range(2):
+            with pytest.raises(openai.RateLimitError, match="within a minute") as refused:
+                ann.chat.completions.create(**wishes)
+            assert 0 < int(refused.value.response.headers["retry-after"]) <= 60
+            assert refused.value.code == "rate_limit_exceeded"
+        assert ann.models.list().data  # to look is not to ask
+        assert bob.chat.completions.create(**wishes).usage is not None
+        with pytest.raises(openai.AuthenticationError):
+            served.client.chat.completions.create(**wishes)
+
+
 def test_a_stranger_is_refused_before_the_body_comes(guarded: Served):
     """The length of a body is announced, nothing of it is sent: the answer comes all the same."""
     host, port = urlsplit(guarded.address).netloc.split(":")

@@ -16,6 +16,7 @@ from cascadevl.cli.serve_limits import (
     add_limits,
     add_safety,
     api_config,
+    check_safety,
     fetcher_of,
     limits_of,
     listen_config,
@@ -116,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         args.language = args.language or 1
         args.vision = args.vision or (1 if args.wire is None else None)
     _check_processes(args)
+    check_safety(args)
     check_ray(args)
     if args.role is not None:
         return run_member(args)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cascadevl.cli.arguments import byte_size, positive_int
+from cascadevl.errors import ConfigError
 
 if TYPE_CHECKING:
     from cascadevl.serving.admission import ApiConfig
@@ -77,6 +78,12 @@ def add_safety(parser: argparse.ArgumentParser) -> None:
         help="a line for each who may ask: a name and a key (default: everybody may)",
     )
     group.add_argument(
+        "--max-per-minute",
+        type=positive_int,
+        metavar="N",
+        help="questions with each of the keys in any minute (default: any number)",
+    )
+    group.add_argument(
         "--images-from",
         action="append",
         default=[],
@@ -98,6 +105,16 @@ def add_safety(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where a line of JSON is added for each request (default: standard error)",
     )
+
+
+def check_safety(args: argparse.Namespace) -> None:
+    """Refuse a limit that nothing can be held against.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    if args.max_per_minute is not None and args.api_keys is None:
+        raise ConfigError("--max-per-minute counts the questions of each key; give --api-keys, too")
 
 
 def api_config(args: argparse.Namespace) -> ApiConfig:
@@ -138,7 +155,13 @@ def listen_config(args: argparse.Namespace) -> ListenConfig:
     keys = None if args.api_keys is None else Keys.read(args.api_keys)
     if keys is None and args.host not in _LOCAL:
         print(f"whoever reaches {args.host} can ask; --api-keys admits some alone", file=sys.stderr)
-    return ListenConfig(host=args.host, port=args.port, keys=keys, drain_s=args.drain)
+    return ListenConfig(
+        host=args.host,
+        port=args.port,
+        keys=keys,
+        per_minute=args.max_per_minute,
+        drain_s=args.drain,
+    )
 
 
 def fetcher_of(args: argparse.Namespace) -> Fetcher | None:

@@ -6,6 +6,7 @@ All of it happens before the body is read, so that a stranger costs nothing.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import secrets
 import time
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cascadevl.serving.http_errors import CLIENT_GONE, Refusal
 from cascadevl.serving.keys import Keys
+from cascadevl.serving.rates import Rates
 
 OPEN_PATHS = frozenset(("/health", "/ready"))
 """Whoever starts and stops servers asks these, and has no key."""
@@ -68,14 +70,15 @@ class _Visit:
 class Entrance:
     """The application behind a door."""
 
-    def __init__(self, app: ASGIApp, keys: Keys | None = None) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys | None = None, rates: Rates | None = None) -> None:
         """Stand before an application.
 
         Args:
             app: The application.
             keys: Which of them open the door; None if it is open to everybody.
+            rates: How often each of them opens it for a question; None for any number of times.
         """
-        self._app, self._keys = app, keys
+        self._app, self._keys, self._rates = app, keys, rates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or refuse it."""
@@ -98,7 +101,24 @@ class Entrance:
             visit.facts["key"] = owner
             if owner is None:
                 app = _STRANGER.response()
+            elif (refusal := self._too_often(owner, scope["method"])) is not None:
+                app = refusal.response()
         await app(scope, visit.take, visit.give)
+
+    def _too_often(self, owner: str, method: str) -> Refusal | None:
+        """A refusal for whoever has asked as often as it may; to look is not to ask."""
+        if self._rates is None or method != "POST":
+            return None
+        wait_s = math.ceil(self._rates.wait_s(owner))
+        if wait_s == 0:
+            return None
+        return Refusal(
+            429,
+            f"{self._rates.per_minute} requests came with this key within a minute, which is its "
+            f"limit; ask again in {wait_s} s",
+            code="rate_limit_exceeded",
+            headers={"Retry-After": str(wait_s)},
+        )
 
 
 _STRANGER = Refusal(

@@ -16,6 +16,7 @@ from cascadevl.serving.connection import ConnectionConfig
 from cascadevl.serving.entrance import Entrance
 from cascadevl.serving.keys import Keys
 from cascadevl.serving.openai_server import make_app
+from cascadevl.serving.rates import Rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class ListenConfig:
         host: Address to listen at.
         port: Port to listen at; 0 for any that is free.
         keys: Whose requests are answered; None for everybody's.
+        per_minute: Requests with each of the keys in any minute; None for any number.
         drain_s: Longest time for what is in hand when the server is told to stop.
         head_s: Longest time for the head of a request.
         body_s: Longest time for its body.
@@ -35,6 +37,7 @@ class ListenConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     keys: Keys | None = None
+    per_minute: int | None = None
     drain_s: int = 60
     head_s: float = 20.0
     body_s: float = 120.0
@@ -57,9 +60,10 @@ class ApiServer(uvicorn.Server):
         """
         self._api = api
         self.on_ready: Callable[[str], None] = lambda address: None
+        rates = None if config.per_minute is None else Rates(config.per_minute)
         super().__init__(
             ConnectionConfig(
-                Entrance(make_app(api), config.keys),
+                Entrance(make_app(api), config.keys, rates),
                 host=config.host,
                 port=config.port,
                 head_s=config.head_s,
