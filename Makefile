@@ -81,7 +81,7 @@ check: $(STAMP) ## style, types and import layers
 test: $(STAMP) ## the tests, without the slow ones: minutes, no network, no GPU
 	$(ONE_THREAD) $(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
-test-slow: $(STAMP) ## the slow tests; those of real vLLM and Ray want `make setup-vllm setup-ray`
+test-slow: $(STAMP) ## the slow tests; want `make setup-vllm setup-ray`, and root for those of several hosts
 	$(BIN)/pytest -m "slow and not gpu"
 
 bench: $(STAMP) ## every benchmark, one after the other; wants a quiet machine

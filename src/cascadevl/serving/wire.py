@@ -237,6 +237,8 @@ class Link:
             self._socket.setsockopt(option, 0)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
+        # Linux asks an address that does not answer ever less often, at last once in a minute.
+        self._socket.setsockopt(zmq.CONNECT_TIMEOUT, 5000)
         if name is None:
             self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         else:
