@@ -28,6 +28,7 @@ from cascadevl.tasks import (
     handwriting,
     letters,
     printed,
+    shape_drawing,
     shapes,
     tables,
     text,
@@ -116,7 +117,7 @@ def snapshot() -> dict[str, Any]:
             "shapes": {name: asdict(level) for name, level in shapes.LEVELS.items()},
             "text": {name: asdict(level) for name, level in text.LEVELS.items()},
         },
-        "colours": {name: list(colour) for name, colour in shapes.COLOURS.items()},
+        "colours": {name: list(colour) for name, colour in shape_drawing.COLOURS.items()},
         "fonts": dict(words.FONTS),
         "digits": {
             split: {

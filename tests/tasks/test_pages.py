@@ -8,7 +8,7 @@ import pytest
 
 from cascadevl.tasks import pages
 from cascadevl.tasks.pages import CLASSES, Page, Pages
-from cascadevl.tasks.shapes import COLOURS
+from cascadevl.tasks.shape_drawing import COLOURS
 
 
 @pytest.fixture(scope="module")

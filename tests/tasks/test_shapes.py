@@ -12,7 +12,8 @@ from scipy import ndimage
 from cascadevl.tasks import shapes
 from cascadevl.tasks.base import Question, pick
 from cascadevl.tasks.grounding import Grounding
-from cascadevl.tasks.shapes import COLOURS, LEVELS, PLACES, Shapes, Thing
+from cascadevl.tasks.shape_drawing import COLOURS, PLACES, SHAPES, Thing
+from cascadevl.tasks.shapes import LEVELS, Shapes
 
 Found = tuple[str, str, str, tuple[float, float, float, float]]
 
@@ -206,7 +207,7 @@ def test_worked_steps_list_the_shapes_up_to_the_one_asked_about() -> None:
             assert seen == listed[: len(seen)]
             # The last one fits what is asked, and no other does.
             asked = one.prompt.rstrip("?").split(" is ")[-1].removeprefix("the ").split(" does")[0]
-            words = set(asked.split()) & {*COLOURS, *shapes.SHAPES}
+            words = set(asked.split()) & {*COLOURS, *SHAPES}
             fitting = [thing for thing in listed if words <= set(thing.split())]
             assert fitting == [seen[-1]], (one.prompt, listed)
             lengths[len(seen)] += 1

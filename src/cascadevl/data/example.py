@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from cascadevl.data.branches import BranchWriter
 from cascadevl.data.conversation import (
     IMAGE_CONTEXT,
     IMAGE_END,
@@ -115,11 +116,8 @@ class ExampleBuilder:
     """Makes examples from records, and from conversations that wait for an answer.
 
     Several branches of a record share its messages: segment 0 holds what they have in common,
-    each branch is a segment that continues it. A branch whose first turn has the role of the last
-    shared turn goes on with that turn; otherwise the shared turn is complete. The tokens of
-    segment 0 and of a branch together are, one by one, those of the same conversation alone. For
-    that, text after the last picture of a shared turn that goes on is repeated in every branch,
-    because the tokens at its end depend on how the branch begins.
+    each branch is a segment that continues it (`cascadevl.data.branches`). The tokens of segment 0
+    and of a branch together are, one by one, those of the same conversation alone.
 
     A ``pretrain`` document ends with the tokenizer's end-of-sequence token, which is trained, so
     that a model stops where a text does; released code is silent about it.
@@ -154,7 +152,8 @@ class ExampleBuilder:
             )
         self.compressed_tokens = compressed_tokens
         self.template = template_named(config.template)
-        self._text_end = tokenizer.eos_token or self.template.last_answer_end
+        text_end = tokenizer.eos_token or self.template.last_answer_end
+        self._writer = BranchWriter(self.template, text_end)
         self._encoder = TextEncoder(tokenizer)
         self.stop_token_ids = tuple(map(self._encoder.id_of, self.template.stop_tokens))
         tokens = (IMAGE_START, IMAGE_CONTEXT, IMAGE_END)
@@ -249,7 +248,7 @@ class ExampleBuilder:
         branches = [self._shown(branch, pictures) for branch in record.branches]
         every_turn = [*shared, *(turn for branch in branches for turn in branch)]
         system = system_text(every_turn, self.template, system=self.config.system)
-        segments = self._segments(shared, branches, system)
+        segments = self._writer.segments(shared, branches, system=system)
         if branches and not segments[0]:  # nothing in common: every branch starts anew
             segments, parents = segments[1:], (NO_PARENT,) * len(branches)
         else:
@@ -282,34 +281,6 @@ class ExampleBuilder:
         for message in messages:  # texts first: they cost nothing to check
             check_text(message, self.control)
         return [pictures.show(message) for message in messages]
-
-    def _segments(
-        self, shared: list[Message], branches: list[list[Message]], system: str
-    ) -> list[list[Piece]]:
-        """Pieces of segment 0 and of every branch."""
-        if not branches:
-            return [self._finished(shared, system)]
-        alone = []
-        border: int | None = None
-        for branch in branches:
-            goes_on = bool(shared and branch) and shared[-1].role == branch[0].role
-            turns = [*shared, *branch]
-            if goes_on:
-                whole_turn = replace(shared[-1], parts=shared[-1].parts + branch[0].parts)
-                turns = [*shared[:-1], whole_turn, *branch[1:]]
-            beginning = render(
-                shared, self.template, system=system, end="open" if goes_on else "followed"
-            )
-            alone.append(self._finished(turns, system))
-            in_common = _num_equal(beginning, alone[-1])
-            border = in_common if border is None else min(border, in_common)
-        return [alone[0][:border], *(pieces[border:] for pieces in alone)]
-
-    def _finished(self, turns: list[Message], system: str) -> list[Piece]:
-        pieces = render(turns, self.template, system=system)
-        if turns and turns[0].role == "pretrain":
-            pieces.append(Piece(self._text_end, trained=True))
-        return pieces
 
     def _example(
         self,
@@ -388,14 +359,3 @@ class ExampleBuilder:
                 kind="too_long",
                 remedy="draw the increment at random, lower max_tiles, or split the sample",
             )
-
-
-def _num_equal(beginning: Sequence[Piece], whole: Sequence[Piece]) -> int:
-    """How many leading pieces are the same; pictures by identity, never by their pixels."""
-    number = 0
-    for one, other in zip(beginning, whole, strict=False):
-        same = one == other if isinstance(one.content, str) else one.content is other.content
-        if not same:
-            break
-        number += 1
-    return number

@@ -22,6 +22,7 @@ import PIL.Image
 from cascadevl.errors import ConfigError
 from cascadevl.tasks import easy_vqa, shapes
 from cascadevl.tasks.base import Question, Scene, Split, scene_generator
+from cascadevl.tasks.shape_drawing import COLOURS, SHAPES, Thing, render
 
 NEGATIVES = ("random", "popular", "adversarial")
 """How objects are drawn that are not there."""
@@ -82,7 +83,7 @@ class _Drawn:
         unknown: Nothing.
     """
 
-    things: tuple[shapes.Thing, ...]
+    things: tuple[Thing, ...]
     paper: tuple[int, int, int]
     unknown: tuple[str, ...] = ()
 
@@ -95,7 +96,7 @@ class _Drawn:
         return shapes.describe(self.things)
 
     def show(self, px: int) -> PIL.Image.Image:
-        return shapes.render(self.things, self.paper, px)
+        return render(self.things, self.paper, px)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,8 @@ class _Shapes:
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        colours = tuple(shapes.COLOURS)[: _LEVEL.num_colours]
-        every = itertools.product(colours, shapes.SHAPES[: _LEVEL.num_shapes])
+        colours = tuple(COLOURS)[: _LEVEL.num_colours]
+        every = itertools.product(colours, SHAPES[: _LEVEL.num_shapes])
         return tuple(f"{colour} {shape}" for colour, shape in every)
 
     def sight(self, split: Split, seed: int, index: int) -> Sighting:
@@ -117,8 +118,8 @@ class _Shapes:
         fewest, most = _LEVEL.num_objects
         number = int(generator.integers(fewest, most + 1))
         cells = sorted(generator.permutation(9)[:number].tolist())
-        colours = _frequent(generator, tuple(shapes.COLOURS)[: _LEVEL.num_colours])
-        names = _frequent(generator, shapes.SHAPES[: _LEVEL.num_shapes])
+        colours = _frequent(generator, tuple(COLOURS)[: _LEVEL.num_colours])
+        names = _frequent(generator, SHAPES[: _LEVEL.num_shapes])
         things = shapes.place_things(generator, _LEVEL, cells, colours, names)
         paper = shapes.PAPERS[int(generator.integers(len(shapes.PAPERS)))]
         return _Drawn(tuple(things), paper)

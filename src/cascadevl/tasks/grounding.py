@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cascadevl.tasks.base import Question, Scene, Split, pick, scene_generator
-from cascadevl.tasks.shapes import LEVELS, PAPERS, Thing, check_level, draw_things, render
+from cascadevl.tasks.shape_drawing import Thing, render
+from cascadevl.tasks.shapes import LEVELS, PAPERS, check_level, draw_things
 
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: {}"
 """The query released models were trained with."""

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int64
 
 from cascadevl.tasks.base import Split, pick, scene_generator
 from cascadevl.tasks.handwriting import load_scans
-from cascadevl.tasks.shapes import COLOURS, SHAPES, Thing, draw_thing
+from cascadevl.tasks.shape_drawing import COLOURS, SHAPES, Thing, draw_thing
 from cascadevl.tasks.words import FONTS, font, load_words
 
 CHARACTERS = string.ascii_lowercase + string.digits + string.ascii_uppercase + ".,:-+%"
