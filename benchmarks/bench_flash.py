@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_engine import quartiles
+from flash_shapes import models_of, shapes, towers
 from torch import Tensor
 
 from cascadevl.data.tiling import normalise
@@ -44,9 +45,7 @@ from cascadevl.host_memory import keep_freed_memory
 from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.model.cost import Work, causal_pairs, forward_flops, router_flops
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
-from cascadevl.model.presets import nano_config
 from cascadevl.model.routing import NEVER, KeepShare, Thresholds, VisualBudget, most_tokens
-from cascadevl.model.zoo import config_for
 from cascadevl.types import VisualFeatures
 
 BUDGETS: dict[str, VisualBudget] = {
@@ -58,9 +57,6 @@ BUDGETS: dict[str, VisualBudget] = {
 PLAIN = "plain"
 MEASURES = ("first", "prefill", "rate")
 MOST = {"tokens": 0.0, "logprobs": 1e-3}
-SCALE = 8
-"""By how much the widths of 38B are divided; its text body has half of the layers."""
-
 TIMED_LAYERS = 3
 """Layers of a vision tower that are timed beside the router."""
 
@@ -114,73 +110,6 @@ def make_case(config: CascadeVLConfig, args: argparse.Namespace, *, number: int,
         texts=[(text(5), text(args.text_tokens - 5)) for _ in range(number)],
         pictures=[generator.integers(0, 256, shape, dtype=np.uint8) for _ in range(number)],
     )
-
-
-def shapes(tiny: bool) -> dict[str, CascadeVLConfig]:
-    """The shapes, all with a second projector and a router."""
-    if tiny:
-        return {"nano": nano_config(2048, image_token_id=7, flash_mode=True)}
-    return {
-        "1b": flash_of(config_for("InternVL3.5-1B")),
-        "38b scaled": scaled(config_for("InternVL3.5-38B")),
-    }
-
-
-def flash_of(config: CascadeVLConfig) -> CascadeVLConfig:
-    """A shape with compressed tiles, all layers of the router in use."""
-    config.flash_mode, config.flash_layers = True, "all"
-    config.check_flash()
-    return config
-
-
-def balance(config: CascadeVLConfig) -> float:
-    """Operations of the vision tower for a tile over those of the text body for its tokens."""
-    tokens = config.tokens_per_tile
-    cost = forward_flops(config, Work(tokens=tokens, tiles=1, pairs=causal_pairs([tokens])))
-    return cost.vision / cost.language
-
-
-def scaled(config: CascadeVLConfig) -> CascadeVLConfig:
-    """A small shape in which vision tower and text body do the same shares of the work.
-
-    Widths are divided; the depth of the vision tower is what brings the ratio nearest.
-    """
-    wanted = balance(config)
-    vision, text = config.vision_config, config.text_config
-    for part in (vision, text):
-        part.hidden_size //= SCALE
-        part.intermediate_size //= SCALE
-    text.num_attention_heads //= SCALE
-    text.num_key_value_heads = max(1, text.num_key_value_heads // SCALE)
-    text.num_hidden_layers //= 2
-    text.layer_types = text.layer_types[: text.num_hidden_layers]
-    depths = range(1, vision.num_hidden_layers + 1)
-
-    def distance(depth: int) -> float:
-        vision.num_hidden_layers = depth
-        return abs(balance(config) - wanted)
-
-    vision.num_hidden_layers = min(depths, key=distance)
-    print(f"38b scaled: vision over language {balance(config):.3f}, as released {wanted:.3f}")
-    return flash_of(config)
-
-
-def models_of(
-    config: CascadeVLConfig, dtype: torch.dtype
-) -> tuple[CascadeVLForConditionalGeneration, CascadeVLForConditionalGeneration]:
-    """The plain model and the Flash model, which share all tensors that the plain one has."""
-    torch.manual_seed(0)
-    flash = CascadeVLForConditionalGeneration(config).to(dtype).eval()
-    bare = type(config).from_dict(config.to_dict() | {"flash_mode": False})
-    with torch.device("meta"):
-        plain = CascadeVLForConditionalGeneration(bare)
-    tensors = flash.state_dict()
-    plain.load_state_dict({name: tensors[name] for name in plain.state_dict()}, assign=True)
-    buffers = dict(flash.named_buffers())
-    for name, module in plain.named_modules():  # rotary frequencies are no part of a state
-        for buffer in list(module._buffers):
-            module._buffers[buffer] = buffers[f"{name}.{buffer}" if name else buffer]
-    return plain.eval(), flash
 
 
 class Sides:
@@ -361,14 +290,6 @@ def router_share(
         f"{high:.2%}), of its operations {counted:.2%}; {factor:g} times the layers timed"
     )
     return {"tower": name, "share": [low, median, high], "counted": counted, "seconds": spent}
-
-
-def towers(tiny: bool) -> dict[str, CascadeVLConfig]:
-    """The vision towers whose routers are timed."""
-    if tiny:
-        return {"nano": nano_config(2048, image_token_id=7, flash_mode=True)}
-    names = {"300M": "InternVL3.5-1B", "6B": "InternVL3.5-38B"}
-    return {name: flash_of(config_for(size)) for name, size in names.items()}
 
 
 def main() -> None:
