@@ -1,145 +1,33 @@
-"""The batch stream: exact resume, counted faults, ranks, and batches made ahead."""
+"""The batch stream: exact resume, counted faults, ranks."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import threading
 from collections import Counter
-from collections.abc import Callable
 from itertools import islice
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
+from tests.data.some_streams import (
+    COLLATE,
+    IMAGE,
+    Make,
+    Numbers,
+    assert_same,
+    build,
+    fixed,
+    levelled,
+    mixture,
+    packed,
+    sources_of,
+)
 
 from cascadevl.data.collate import collate
 from cascadevl.data.mixture import Mixture, WeightedSource
 from cascadevl.data.packing import FixedRows, Packer
 from cascadevl.data.prefetch import Prefetcher
-from cascadevl.data.stream import BatchStream, CollateConfig, Skipped, StreamConfig, merge_states
+from cascadevl.data.stream import BatchStream, CollateConfig, StreamConfig, merge_states
 from cascadevl.errors import ConfigError, DataError, TrainingError
-from cascadevl.types import NO_PARENT, Batch, Example, Message, Record
-
-IMAGE = 99
-COLLATE = CollateConfig(image_token_id=IMAGE, pad_token_id=0, tokens_per_tile=2)
-
-
-class Numbers:
-    """Records 0, 1, ...; those for which ``bad`` holds cannot be read."""
-
-    def __init__(self, name: str, length: int, bad: Callable[[int], bool] = lambda _: False):
-        self.name, self.length, self.bad = name, length, bad
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int, /) -> Record:
-        if self.bad(index):
-            raise DataError(
-                "no such file", kind="missing_image", source=f"{self.name}.jsonl:{index}"
-            )
-        return Record(
-            source=f"{self.name}:{index}",
-            record_id=str(index),
-            messages=(Message.of("user", "hi"),),
-        )
-
-
-def build(record: Record, *, epoch: int = 0) -> Example:
-    """An example whose tokens, length and pixels follow from the record and the epoch."""
-    number = int(record.record_id)
-    rng = np.random.default_rng([number, epoch])
-    length = 3 + number % 5
-    ids = rng.integers(1, 90, length)
-    with_image = number % 3 == 0
-    if with_image:
-        ids[1] = IMAGE
-    return Example(
-        source=record.source,
-        record_id=record.record_id,
-        input_ids=ids,
-        trained=np.arange(length) > 1,
-        segments=np.zeros(length, dtype=np.int64),
-        parents=(NO_PARENT,),
-        tiles=rng.integers(0, 255, (int(with_image), 2, 2, 3), dtype=np.uint8),
-        tiles_per_image=(1,) * with_image,
-        increments=(0.5,) * with_image,
-    )
-
-
-def mixture(*, lengths: tuple[int, int] = (20, 30), seed: int = 0) -> Mixture:
-    return Mixture(
-        [
-            WeightedSource(source=Numbers("a", lengths[0]), weight=1.0),
-            WeightedSource(source=Numbers("b", lengths[1]), weight=3.0),
-        ],
-        seed=seed,
-    )
-
-
-def packed(
-    source: Mixture | None = None,
-    config: StreamConfig | None = None,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-) -> BatchStream:
-    return BatchStream(
-        source or mixture(),
-        build,
-        Packer(24, 4, 3),
-        COLLATE,
-        config or StreamConfig(rows_per_batch=2),
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-def fixed(
-    source: Mixture | None = None,
-    config: StreamConfig | None = None,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-) -> BatchStream:
-    return BatchStream(
-        source or mixture(),
-        build,
-        FixedRows(3),
-        COLLATE,
-        config or StreamConfig(rows_per_batch=2),
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-def levelled(
-    source: Mixture | None = None,
-    config: StreamConfig | None = None,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-) -> BatchStream:
-    config = dataclasses.replace(config or StreamConfig(rows_per_batch=2), level_rows=3)
-    return packed(source, config, rank=rank, world_size=world_size)
-
-
-Make = Callable[..., BatchStream]
-
-
-def assert_same(one: Batch, two: Batch) -> None:
-    for name in one.__dataclass_fields__:
-        left, right = getattr(one, name), getattr(two, name)
-        if isinstance(left, torch.Tensor):
-            assert torch.equal(left, right), name
-        else:
-            assert left == right, name
-
-
-def sources_of(batches: list[Batch]) -> list[str]:
-    return [source for batch in batches for source in batch.sources]
+from cascadevl.types import Example, Record
 
 
 def test_fixed_rows_hold_the_draws_in_their_order() -> None:
@@ -385,76 +273,3 @@ def test_bad_settings_are_refused() -> None:
         StreamConfig(max_skipped_share=1.5)
     with pytest.raises(ConfigError, match="0 batches cannot be made ahead"):
         Prefetcher(packed(), 0)
-
-
-def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
-
-
-def test_batches_made_ahead_are_the_same_and_so_is_the_state() -> None:
-    plain = packed()
-    with Prefetcher(packed(), 3) as ahead:
-        for _ in range(6):
-            assert_same(next(plain), next(ahead))
-            assert ahead.state_dict() == plain.state_dict()
-        assert threads()
-    assert not threads()
-
-
-def test_a_prefetcher_resumes_from_the_last_batch_handed_out() -> None:
-    with Prefetcher(packed(), 3) as ahead:
-        list(islice(ahead, 2))
-        state = json.loads(json.dumps(ahead.state_dict()))
-        wanted = list(islice(ahead, 4))
-        # back in the middle of things, with batches waiting
-        ahead.load_state_dict(state)
-        assert ahead.state_dict() == state
-        again = list(islice(ahead, 4))
-    plain = packed()
-    plain.load_state_dict(state)
-    for one, two, three in zip(wanted, again, islice(plain, 4), strict=True):
-        assert_same(one, two)
-        assert_same(one, three)
-
-
-def test_a_closed_prefetcher_goes_on_without_a_gap() -> None:
-    ahead = Prefetcher(packed(), 3)
-    before = list(islice(ahead, 2))
-    ahead.close()
-    after = list(islice(ahead, 2))
-    ahead.close()
-    for one, two in zip([*before, *after], islice(packed(), 4), strict=True):
-        assert_same(one, two)
-
-
-def test_errors_and_the_end_come_where_they_belong() -> None:
-    with Prefetcher(fixed(config=StreamConfig(rows_per_batch=2, num_draws=14)), 2) as ahead:
-        assert [len(batch.sources) for batch in ahead] == [6, 6, 2]
-        assert list(ahead) == []
-
-    calls = []
-
-    def broken(record: Record, *, epoch: int = 0) -> Example:
-        calls.append(record)
-        if len(calls) > 6:
-            raise KeyError("a bug")
-        return build(record, epoch=epoch)
-
-    stream = BatchStream(mixture(), broken, FixedRows(3), COLLATE)
-    with Prefetcher(stream, 4) as ahead:
-        assert len(list(islice(ahead, 2))) == 2
-        with pytest.raises(KeyError, match="a bug"):
-            next(ahead)
-    assert not threads()
-
-
-def test_a_prefetcher_reports_what_was_skipped_up_to_its_batch() -> None:
-    source = Mixture([WeightedSource(source=Numbers("a", 12, bad=lambda n: n % 3 == 0))], seed=0)
-    plain = fixed(source, StreamConfig(num_draws=12))
-    reports: list[tuple[dict[Any, Skipped], dict[Any, Skipped]]] = []
-    with Prefetcher(fixed(source, StreamConfig(num_draws=12)), 4) as ahead:
-        for _ in ahead:
-            next(plain)
-            reports.append((ahead.skipped, plain.skipped))
-    assert all(one == two for one, two in reports)
-    assert reports[-1][0][("a", "missing_image")].count == 4

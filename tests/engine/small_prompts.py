@@ -56,7 +56,7 @@ def ids_of(answers: Sequence[Sequence[Completion]]) -> list[list[tuple[int, ...]
 
 
 def by_transformers(
-    model: CascadeVLForConditionalGeneration, prompt: tuple[Any, ...], number: int
+    model: CascadeVLForConditionalGeneration, prompt: tuple[Any, ...], number: int, **more: Any
 ) -> tuple[int, ...]:
     ids: list[int] = []
     pixels = []
@@ -66,9 +66,10 @@ def by_transformers(
         else:
             ids += [model.config.image_token_id] * TOKENS_PER_TILE * len(part.tiles)
             pixels.append(part.tiles)
-    images = {"pixel_values": normalise(np.concatenate(pixels))} if pixels else {}
+    if pixels:
+        more["pixel_values"] = normalise(np.concatenate(pixels))
     output = model.generate(
-        torch.tensor([ids]), max_new_tokens=number, do_sample=False, eos_token_id=None, **images
+        torch.tensor([ids]), max_new_tokens=number, do_sample=False, eos_token_id=None, **more
     )
     return tuple(output[0, len(ids) :].tolist())
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests.engine.small_prompts import (
     END,
     GREEDY,
     START,
+    by_transformers,
     engine_for,
     ids_of,
     prompts,
@@ -70,18 +70,7 @@ def requests(budget: VisualBudget | None = None, **more: Any) -> list[Request]:
 def by_generate(
     model: CascadeVLForConditionalGeneration, prompt: tuple[Any, ...], budget: VisualBudget | None
 ) -> tuple[int, ...]:
-    ids: list[int] = []
-    pixels = []
-    for part in prompt:
-        if isinstance(part, TextIds):
-            ids += part.ids
-        else:
-            ids += [IMAGE] * FULL * len(part.tiles)
-            pixels.append(part.tiles)
-    images = {"pixel_values": normalise(np.concatenate(pixels))} if pixels else {}
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    made = model.generate(torch.tensor([ids]), visual_budget=budget, **images, **settings)
-    return tuple(made[0, len(ids) :].tolist())
+    return by_transformers(model, prompt, 8, visual_budget=budget)
 
 
 def counts_of(answers: list[tuple[Completion, ...]]) -> list[tuple[int, ...]]:
