@@ -110,7 +110,10 @@ def run(config: CascadeConfig) -> dict[str, Any]:
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of the start and of every arm: scores over all seeds, time and operations of a seed."""
+    """Of the start and of every arm: scores over all seeds, time and operations of a seed.
+
+    ``greedy`` and ``drawn`` pool all kinds of questions, by how they were answered.
+    """
     found: dict[str, list[list[Mapping[str, Any]]]] = {}
     for result in results:
         lines = result["lines"]
@@ -123,7 +126,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         names = [row["name"] for row in exams[0]]
         answers = [[_answers(row) for row in exam] for exam in exams]
         summary[arm] = {
-            "all": pooled([[right for row in rows for right in row] for rows in answers]),
+            **_by_answering(names, answers),
             "rows": {
                 name: pooled([rows[number] for rows in answers])
                 for number, name in enumerate(names)
@@ -135,6 +138,23 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def _by_answering(
+    names: Sequence[str], answers: Sequence[Sequence[list[bool]]]
+) -> dict[str, dict[str, Any]]:
+    """All rows of greedy answers together, and all of drawn ones."""
+    found: dict[str, list[list[bool]]] = {}
+    for rows in answers:
+        for kind in ("greedy", "drawn"):
+            own = [row for name, row in zip(names, rows, strict=True) if _answering(name) == kind]
+            if own:
+                found.setdefault(kind, []).append([right for row in own for right in row])
+    return {kind: pooled(values) for kind, values in found.items()}
+
+
+def _answering(name: str) -> str:
+    return "drawn" if ", drawn at " in name else "greedy"
+
+
 def _answers(row: Mapping[str, Any]) -> list[bool]:
     num_right = round(row["share"] * row["num"])
     return [True] * num_right + [False] * (row["num"] - num_right)
@@ -143,16 +163,21 @@ def _answers(row: Mapping[str, Any]) -> list[bool]:
 def table(summary: Mapping[str, Any]) -> str:
     """The arms as a Markdown table."""
     names = list(summary[START]["rows"])
-    header = ["", "all", "each seed", *names, "minutes", "TFLOP"]
+    kinds = [kind for kind in ("greedy", "drawn") if kind in summary[START]]
+    header = ["", *(part for kind in kinds for part in (f"all, {kind}", "each seed"))]
+    header += [*names, "minutes", "TFLOP"]
     rows = []
     for arm, found in summary.items():
-        seeds = ", ".join(f"{value:.1f}" for value in found["all"]["seeds"])
+        pools: list[str] = []
+        for kind in kinds:
+            seeds = ", ".join(f"{value:.1f}" for value in found[kind]["seeds"])
+            pools += [written(found[kind]), seeds]
         minutes = sum(found["seconds"]) / len(found["seconds"]) / 60
         flops = sum(found["flops"]) / len(found["flops"]) / 1e12
         scores = [written(found["rows"][name]) for name in names]
-        rows.append([arm, written(found["all"]), seeds, *scores, f"{minutes:.1f}", f"{flops:.3f}"])
+        rows.append([arm, *pools, *scores, f"{minutes:.1f}", f"{flops:.3f}"])
     constants = [f"{summary[START]['constant'][name]:.1f}" for name in names]
-    rows.append(["most frequent answer", "", "", *constants, "", ""])
+    rows.append(["most frequent answer", *[""] * 2 * len(kinds), *constants, "", ""])
     return markdown(header, rows)
 
 
@@ -162,13 +187,13 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for arm, found in summary.items():
-        score = found["all"]
+        score = found["greedy"]
         flops = sum(found["flops"]) / len(found["flops"]) / 1e12
         interval = [[score["percent"] - score["low"]], [score["high"] - score["percent"]]]
         axes.errorbar([flops], [score["percent"]], yerr=interval, fmt="o", capsize=4, label=arm)
         axes.annotate(arm, (flops, score["percent"]), xytext=(6, 4), textcoords="offset points")
     axes.set_xlabel("operations after fine-tuning, TFLOP")
-    axes.set_ylabel("percent right, 95 % interval")
+    axes.set_ylabel("percent of greedy answers that are right, 95 % interval")
     axes.margins(0.18)
     figure.savefig(path, dpi=120)
 

@@ -42,7 +42,7 @@ gspo:
   rollout: {prompts: 4, group: 4, max_prompt_tokens: 256, max_answer_tokens: 48}
   policy: {updates: 2}
   run: {num_steps: 4, checkpoint_interval: 2}
-exam: {tasks: ["shapes:full"], questions: 2, answer_tokens: 48}
+exam: {tasks: ["shapes:full"], questions: 2, answer_tokens: 48, temperatures: [0.0, 1.0]}
 """
 
 
@@ -76,6 +76,8 @@ def test_every_stage_leaves_its_part_and_a_line(finished: Path) -> None:
     stages = ["start", "rollouts", "pairs", "mpo", "filter", "gspo"]
     assert [line["stage"] for line in lines] == stages
     assert [bool(line["exam"]) for line in lines] == [True, False, False, True, False, True]
+    asked = [row["name"] for row in lines[0]["exam"]]
+    assert asked == ["shapes:full", "shapes:full, drawn at 1"]
     by_stage = {line["stage"]: line for line in lines}
     assert by_stage["rollouts"]["facts"]["answers"] > 0
     assert by_stage["pairs"]["facts"]["pairs"] > 0
@@ -164,8 +166,14 @@ def test_stages_are_taken_in_the_order_of_the_report(tmp_path: Path) -> None:
     assert config.ordered == ("rollouts", "filter", "gspo")
 
 
+@pytest.mark.parametrize("temperatures", ["[]", "[0.0, -1.0]"])
+def test_an_examination_without_a_temperature_is_refused(tmp_path: Path, temperatures: str) -> None:
+    with pytest.raises(ConfigError, match=r"exam\.temperatures is .*give at least one"):
+        config_of(tmp_path, f"exam.temperatures={temperatures}")
+
+
 def test_the_shipped_configurations_can_be_read() -> None:
-    for name in ("nano", "micro"):
+    for name in ("nano", "micro", "boxes"):
         config = load_config(CascadeConfig, files=[Path(f"configs/cascade_{name}.yaml")])
         assert config.mpo.optim.lr > 0
         assert config.gspo.rollout.group == 16

@@ -198,13 +198,20 @@ def _examined(exam: ExamSection, model: str, folder: Path, console: Console) -> 
         if kept["settings"] == settings:
             rows = [ExamRow(**row) for row in kept["rows"]]
             return Examined(rows=rows, visual_share=kept.get("visual_share", 1.0))
-    suite = [
-        SuiteRow(name=name, task=task_named(name, px=exam.px), num_questions=exam.questions)
-        for name in exam.tasks
-    ]
     responder = _Counting(*load(model), max_new_tokens=exam.answer_tokens)
-    with console.status(f"asking {exam.questions} questions of each of {len(suite)} kinds"):
-        rows = [ExamRow.of(score) for score in run_suite(responder, suite, seed=exam.seed)]
+    rows: list[ExamRow] = []
+    with console.status(f"asking {exam.questions} questions of each of {len(exam.tasks)} kinds"):
+        for responder.temperature in exam.temperatures:
+            drawn = f", drawn at {responder.temperature:g}" if responder.temperature else ""
+            suite = [
+                SuiteRow(
+                    name=f"{name}{drawn}",
+                    task=task_named(name, px=exam.px),
+                    num_questions=exam.questions,
+                )
+                for name in exam.tasks
+            ]
+            rows += [ExamRow.of(score) for score in run_suite(responder, suite, seed=exam.seed)]
     found = Examined(rows=rows, visual_share=responder.visual_share)
     _write(path, {"settings": settings, **asdict(found)})
     line = " · ".join(f"{row.name} {100 * row.share:.1f}" for row in rows)
@@ -216,24 +223,31 @@ def _examined(exam: ExamSection, model: str, folder: Path, console: Console) -> 
 
 @dataclass(slots=True)
 class _Counting:
-    """A model that answers greedily, and counts the visual tokens that its pictures take.
+    """A model that answers, and counts the visual tokens that its pictures take.
 
     Attributes:
         model: The model.
         processor: Its processor.
         max_new_tokens: Longest answer.
+        temperature: Answers are drawn at; 0 for greedy ones.
         visual_share: Of the latest answers: visual tokens as a share of those of full tiles.
     """
 
     model: CascadeVLForConditionalGeneration
     processor: CascadeVLProcessor
     max_new_tokens: int
+    temperature: float = 0.0
     visual_share: float = 1.0
 
     def __call__(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """Answer all conversations."""
         answers = answer(
-            self.model, self.processor, conversations, max_new_tokens=self.max_new_tokens, seed=0
+            self.model,
+            self.processor,
+            conversations,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=0,
         )
         tokens = [number for each in answers for number in each.tokens_per_tile]
         full = len(tokens) * self.model.tokens_per_tile

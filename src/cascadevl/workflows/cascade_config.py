@@ -84,6 +84,8 @@ class ExamSection:
         px: Side of their pictures; None for each task's own.
         questions: Questions of each row.
         answer_tokens: Longest answer.
+        temperatures: Every question is answered once at each of these; 0 is greedily. Online
+            reinforcement changes first how often drawn answers are right.
         seed: Of the questions.
     """
 
@@ -91,7 +93,20 @@ class ExamSection:
     px: int | None = None
     questions: int = 400
     answer_tokens: int = 64
+    temperatures: tuple[float, ...] = (0.0,)
     seed: int = 1000
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked.
+
+        Raises:
+            ConfigError: If there is no temperature, or one below 0.
+        """
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise ConfigError(
+                f"exam.temperatures is {list(self.temperatures)}; give at least one, 0 for greedy "
+                f"answers or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
