@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cascadevl.cli.arguments import Subparsers, positive_int
 from cascadevl.cli.backends import add_backend, backend_facts, open_backend
-from cascadevl.cli.data_rollouts import add_drawing
+from cascadevl.cli.data_making import add_drawing, drawing, progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +73,6 @@ def _add_dropout(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the pairs, and print what became of the questions."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from cascadevl.workflows.preference_data import make_preferences
 
@@ -82,21 +81,19 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None:
         with screen.status(f"loading {args.model}"):
             backend, processor = open_backend(args)
-    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
-        bar = progress.add_task("questions", total=None)
+    with progress_bar("questions", screen) as show:
         report = make_preferences(
             config,
             processor=processor,
             backend=backend,
             facts=backend_facts(args) if backend else None,
-            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            on_progress=show,
         )
     print_report(report, Console(), has_model=backend is not None)
     return 0 if report.meta else MADE_NOTHING
 
 
 def _config(args: argparse.Namespace) -> PreferenceConfig:
-    from cascadevl.engine.sampling import SamplingParams
     from cascadevl.workflows.preference_config import PreferenceConfig
 
     return PreferenceConfig(
@@ -107,12 +104,7 @@ def _config(args: argparse.Namespace) -> PreferenceConfig:
         dropout=args.dropout,
         num_dropout=args.num_dropout,
         kept_share=args.kept_share,
-        sampling=SamplingParams(
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            max_tokens=args.max_tokens,
-        ),
+        sampling=drawing(args),
         seed=args.seed,
     )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascadevl.cli.arguments import Subparsers, increment, positive_int
+from cascadevl.cli.arguments import Subparsers, positive_int
 from cascadevl.cli.backends import add_backend, backend_facts, open_backend
-from cascadevl.cli.data_rollouts import add_drawing
+from cascadevl.cli.data_making import add_drawing, add_increment, drawing, progress_bar
 from cascadevl.cli.problems import add_problems, problems_of
 from cascadevl.cli.wording import print_failures
 
@@ -75,19 +76,13 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="leave out questions that a guess answers this often (0.05)",
     )
-    group.add_argument(
-        "--increment",
-        type=increment,
-        metavar="X",
-        help="position step of a visual token, such as 1/16 (default: the model's)",
-    )
+    add_increment(group)
     add_drawing(group)
 
 
 def run(args: argparse.Namespace) -> int:
     """Judge, and print what became of the questions."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from cascadevl.workflows.process_data import make_process_data
 
@@ -96,21 +91,19 @@ def run(args: argparse.Namespace) -> int:
         backend, processor = open_backend(args)
     if args.task or args.questions:
         _sample(args, config, processor, backend, screen)
-    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
-        bar = progress.add_task("questions", total=None)
+    with progress_bar("questions", screen) as show:
         report = make_process_data(
             config,
             processor,
             backend,
             facts=backend_facts(args),
-            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            on_progress=show,
         )
     print_report(report, Console())
     return 0 if report.meta else MADE_NOTHING
 
 
 def _config(args: argparse.Namespace) -> ProcessConfig:
-    from cascadevl.engine.sampling import SamplingParams
     from cascadevl.scoring.steps import StepRules
     from cascadevl.workflows.process_config import ProcessConfig
 
@@ -122,13 +115,7 @@ def _config(args: argparse.Namespace) -> ProcessConfig:
         rules=StepRules(separator="\n" if args.lines else "\n\n", max_steps=args.max_steps),
         threshold=args.threshold,
         max_chance=args.max_chance,
-        sampling=SamplingParams(
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            seed=args.seed,
-            max_tokens=args.max_tokens,
-        ),
+        sampling=replace(drawing(args), seed=args.seed),
         increments=args.increment,
     )
 
@@ -150,14 +137,16 @@ def _sample(
         sampling=config.sampling,
         increments=config.increments,
     )
-    report = sample_rollouts(
-        problems_of(args, worked_only=False),
-        solutions,
-        processor,
-        backend,
-        weight_version=args.model,
-        facts=backend_facts(args),
-    )
+    with progress_bar("questions", screen) as show:
+        report = sample_rollouts(
+            problems_of(args, worked_only=False),
+            solutions,
+            processor,
+            backend,
+            weight_version=args.model,
+            facts=backend_facts(args),
+            on_progress=show,
+        )
     print_rollouts(report, solutions, screen)
 
 

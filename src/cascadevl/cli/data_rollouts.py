@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascadevl.cli.arguments import Subparsers, increment, positive_int
+from cascadevl.cli.arguments import Subparsers, positive_int
 from cascadevl.cli.backends import add_backend, backend_facts, open_backend
+from cascadevl.cli.data_making import add_drawing, add_increment, drawing, progress_bar
 from cascadevl.cli.problems import add_problems, problems_of
 from cascadevl.cli.wording import print_failures
 
@@ -56,35 +58,15 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--thinking", action="store_true", help="reason first, by the Thinking system message"
     )
     group.add_argument("--boxed", action="store_true", help=r"ask for the answer within \boxed{}")
-    group.add_argument(
-        "--increment",
-        type=increment,
-        metavar="X",
-        help="position step of a visual token, such as 1/16 (default: the model's)",
-    )
+    add_increment(group)
     group.add_argument(
         "--logprobs", action="store_true", help="keep the log-probability of every token, too"
-    )
-
-
-def add_drawing(group: argparse._ArgumentGroup) -> None:
-    """How tokens are drawn.
-
-    Args:
-        group: Gets the arguments.
-    """
-    group.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(default: 1)")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(default: 1, off)")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="(default: 0, off)")
-    group.add_argument(
-        "--max-tokens", type=positive_int, default=4096, metavar="N", help="of an answer (4096)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Sample, and print what came of it."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from cascadevl.workflows.rollouts import sample_rollouts
 
@@ -93,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
     screen = Console(stderr=True)
     with screen.status(f"loading {args.model}"):
         backend, processor = open_backend(args)
-    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
-        bar = progress.add_task("questions", total=None)
+    with progress_bar("questions", screen) as show:
         report = sample_rollouts(
             problems,
             config,
@@ -102,27 +83,19 @@ def run(args: argparse.Namespace) -> int:
             backend,
             weight_version=args.model,
             facts=backend_facts(args),
-            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            on_progress=show,
         )
     print_report(report, config, Console())
     return SOME_FAILED if report.failures else 0
 
 
 def _config(args: argparse.Namespace) -> RolloutConfig:
-    from cascadevl.engine.sampling import SamplingParams
     from cascadevl.workflows.rollouts import RolloutConfig
 
     return RolloutConfig(
         out=args.out,
         num_samples=args.num_samples,
-        sampling=SamplingParams(
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            seed=args.seed,
-            max_tokens=args.max_tokens,
-            logprobs=0 if args.logprobs else None,
-        ),
+        sampling=replace(drawing(args), seed=args.seed, logprobs=0 if args.logprobs else None),
         increments=args.increment,
         system=args.system,
         thinking=args.thinking,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cascadevl.cli.arguments import Subparsers, positive_int
+from cascadevl.cli.data_making import progress_bar
 from cascadevl.cli.problems import add_problems, problems_of
 
 if TYPE_CHECKING:
@@ -89,7 +90,6 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the data, and print what became of the solutions."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from cascadevl.workflows.thinking_data import make_thinking_data
 
@@ -97,15 +97,14 @@ def run(args: argparse.Namespace) -> int:
     problems = problems_of(args, worked_only=not args.all_questions)
     responder, judge = _responder(args), _judge(args)
     screen = Console(stderr=True)
-    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
-        bar = progress.add_task("groups", total=None)
+    with progress_bar("groups", screen) as show:
         report = make_thinking_data(
             problems,
             config,
             responder=responder,
             judge=judge,
             facts=_facts(args),
-            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            on_progress=show,
         )
     print_report(report, Console())
     return 0 if report.meta else KEPT_NOTHING
