@@ -21,10 +21,7 @@ Run: ``python benchmarks/bench_mpo.py --trl-python VENV/bin/python --sweep --thr
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -36,21 +33,28 @@ import torch
 from accelerate import Accelerator
 from bench_packing import sizes
 from bench_train_step import quartiles
-from experiment import Given, markdown, random_example
+from experiment import Given, random_example
 from safetensors.torch import save_file
 from torch import Tensor
-from trl_peer import LR, Peer, Runner, Trl, request, sweep
+from trl_frame import (
+    RELEASED_TOKENS_PER_TILE,
+    arguments,
+    as_json,
+    chosen_peer,
+    expanded,
+    packed,
+    print_sweep,
+    run,
+)
+from trl_peer import LR, Peer, Runner, Trl, request
 
 from cascadevl.data.collate import num_tokens
-from cascadevl.data.packing import Packer, size_of
 from cascadevl.data.pairs import PairBatch, PairCollate, digest
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.stream import CollateConfig
-from cascadevl.host_memory import keep_freed_memory
 from cascadevl.losses.mpo import MPOSettings
 from cascadevl.model.loading import save
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
-from cascadevl.sequence import expand
 from cascadevl.train.config import ModelConfig
 from cascadevl.train.logprobs import answer_logprobs
 from cascadevl.train.loop import TrainState, update
@@ -58,14 +62,12 @@ from cascadevl.train.mpo_objective import ShiftMemory, mpo_objective
 from cascadevl.train.optim import OptimConfig, Optimiser
 from cascadevl.train.run import from_scratch, make_trainable
 from cascadevl.types import NO_PARENT, Example
-from cascadevl.workflows import nano
 
 KINDS = ("images", "text")
-RELEASED_TOKENS_PER_TILE = 256
 
 
 def draw_pairs(
-    kind: str, count: int, processor: CascadeVLProcessor, tile_px: int, max_tokens: int
+    kind: str, count: int, processor: CascadeVLProcessor, max_tokens: int
 ) -> list[Example]:
     """Random tokens and tiles; lengths as bench_packing.py draws them, made smaller as in SFT.
 
@@ -81,55 +83,52 @@ def draw_pairs(
         rejected = max(2, int((text - prompt) * rng.uniform(0.5, 1.5)))
         if text + rejected + processor.tokens_per_tile * size.tiles > max_tokens:
             continue
-        drawn.append(as_pair(kind, len(drawn), (prompt, text - prompt, rejected), size.tiles,
-                             processor, tile_px, rng))  # fmt: skip
+        lengths = (prompt, text - prompt, rejected)
+        drawn.append(as_pair(f"{kind}:{len(drawn)}", lengths, size.tiles, processor, rng))
         if len(drawn) == count:
             break
     return drawn
 
 
 def as_pair(
-    kind: str,
-    number: int,
+    name: str,
     lengths: tuple[int, int, int],
     tiles: int,
     processor: CascadeVLProcessor,
-    tile_px: int,
     rng: np.random.Generator,
 ) -> Example:
     """Tokens of prompt, chosen and rejected answer as three segments."""
     example = random_example(
-        f"{kind}:{number}",
+        name,
         sum(lengths),
         tiles,
         sum(lengths[1:]),
         image_token_id=processor.image_token_id,
-        tile_px=tile_px,
+        tile_px=processor.tiling.tile_px,
         rng=rng,
     )
     segments = np.repeat(np.arange(3), lengths)
     return replace(example, segments=segments, parents=(NO_PARENT, 0, 0), trained=segments > 0)
 
 
-def write_pairs(pairs: Sequence[Example], processor: CascadeVLProcessor, path: Path) -> None:
-    """The pairs as TRL's side reads them, images expanded."""
+def write_pairs(
+    kind: str, folder: Path, processor: CascadeVLProcessor, args: argparse.Namespace
+) -> list[Example]:
+    """Draw pairs, and write them as TRL's side reads them, with a reference of other weights."""
+    start = ModelConfig(preset=args.preset, precision="float32")
+    other, _ = from_scratch(start, processor.tokenizer, seed=1)
+    save(other, processor, folder / "reference")
+    pairs = draw_pairs(kind, args.rows, processor, args.row_tokens)
     tensors: dict[str, Tensor] = {}
     for number, pair in enumerate(pairs):
-        whole = expand(
-            pair.input_ids,
-            pair.trained,
-            pair.segments,
-            pair.parents,
-            image_token_id=processor.image_token_id,
-            tokens_per_image=[n * processor.tokens_per_tile for n in pair.tiles_per_image],
-            increments=pair.increments,
-        )
+        whole = expanded(pair, processor)
         for segment, name in enumerate(("prompt", "chosen", "rejected")):
             tensors[f"{name}.{number}"] = torch.from_numpy(
                 whole.input_ids[whole.segments == segment]
             )
         tensors[f"tiles.{number}"] = torch.from_numpy(pair.tiles)
-    save_file(tensors, path)
+    save_file(tensors, folder / "rows.safetensors")
+    return pairs
 
 
 def collate_of(processor: CascadeVLProcessor) -> PairCollate:
@@ -141,15 +140,6 @@ def collate_of(processor: CascadeVLProcessor) -> PairCollate:
             tokens_per_tile=processor.tokens_per_tile,
         )
     )
-
-
-def packed(pairs: Sequence[Example], tokens_per_tile: int, row_tokens: int) -> list[list[Example]]:
-    """The pairs in rows."""
-    packer: Packer[Example] = Packer(row_tokens, 10_000, len(pairs))
-    rows = []
-    for number, pair in enumerate(pairs):
-        rows += packer.add(pair, size_of(pair, tokens_per_tile), number)
-    return [row.items for row in (*rows, *packer.flush())]
 
 
 @torch.no_grad()
@@ -245,19 +235,16 @@ def prove_equal(
     return losses
 
 
-def compare(trl: Trl, kind: str, args: argparse.Namespace, setup: Any) -> dict[str, Any]:
+def compare(
+    trl: Trl,
+    kind: str,
+    args: argparse.Namespace,
+    pairs: Sequence[Example],
+    processor: CascadeVLProcessor,
+) -> dict[str, Any]:
     """Equal loss, the sweep if it is wanted, then rounds in turn."""
-    pairs, processor = setup
     losses = prove_equal(trl, pairs, processor, args)
-    table: list[dict[str, Any]] = []
-    peer = Peer(
-        batch=args.peer_batch,
-        attention=args.peer_attention,
-        threads=args.peer_threads,
-        grouped=not args.peer_ungrouped,
-    )
-    if args.sweep:
-        peer, table = sweep(trl, "pairs", args)
+    peer, table = chosen_peer(trl, "pairs", args)
     ours, runner = Ours(pairs, processor, args), Runner(trl, peer, args)
     ours.round()
     seconds: dict[str, list[float]] = {"ours": [], "pass": [], "trl": []}
@@ -283,15 +270,7 @@ def compare(trl: Trl, kind: str, args: argparse.Namespace, setup: Any) -> dict[s
         f"at {peer}, its reference {'stored' if kind == 'text' else 'beside every step'}; largest "
         f"difference of losses {differences(losses):.1e}"
     )
-    if table:
-        cells = [
-            [
-                *(str(value) for value in row["peer"].values()),
-                f"{useful / row['seconds']:.0f}" if row["seconds"] < math.inf else "no memory",
-            ]
-            for row in table
-        ]
-        print(markdown([*table[0]["peer"], "useful tokens/s"], cells))
+    print_sweep(table, useful)
     return {
         "kind": kind,
         "ratio": alone[1],
@@ -301,7 +280,7 @@ def compare(trl: Trl, kind: str, args: argparse.Namespace, setup: Any) -> dict[s
         "tokens_per_s": speed,
         "peer": asdict(peer),
         "losses": losses,
-        "sweep": [{**row, "seconds": None} if row["seconds"] == math.inf else row for row in table],
+        "sweep": as_json(table),
         "seconds": seconds,
         "useful_tokens": useful,
         "tiles": sum(pair.num_tiles for pair in pairs),
@@ -316,55 +295,10 @@ def differences(losses: dict[str, list[float]]) -> float:
 
 def parse() -> argparse.Namespace:
     """The arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--trl-python", type=Path, required=True, help="Python of an environment with TRL")
-    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    add("--preset", choices=("nano", "micro"), default="micro", help="shape of the model")
-    add("--rows", type=int, default=48, help="pairs of a round")
-    add("--step-rows", type=int, default=16, help="pairs of an optimiser step")
-    add("--row-tokens", type=int, default=2048, help="tokens of a packed row of ours")
-    add("--equal-rows", type=int, default=4, help="pairs of the proof of equal loss")
-    add("--repeats", type=int, default=10, help="timed rounds of each side")
-    add("--threads", type=int, default=2, help="threads of ours, and most of the peer")
-    add("--sweep", action="store_true", help="look for the peer's best settings")
-    add("--sweep-rounds", type=int, default=1, help="timed rounds of each setting")
-    add("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="sizes tried, in pairs")
-    add("--peer-batch", type=int, default=4)
-    add("--peer-attention", choices=("sdpa", "eager"), default="sdpa")
-    add("--peer-threads", type=int, default=2)
-    add("--peer-ungrouped", action="store_true")
-    add("--out", type=Path, default=None, help="also write the JSON here")
+    parser = arguments(__doc__.splitlines()[0], KINDS, "pairs")
+    parser.set_defaults(rows=48, step_rows=16, equal_rows=4, batches=[1, 2, 4, 8, 16], peer_batch=4)
     return parser.parse_args()
 
 
-def main() -> None:
-    """Compare every kind and print."""
-    args = parse()
-    keep_freed_memory()  # as our commands do; TRL's side is given the same
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
-    start = ModelConfig(preset=args.preset, precision="float32")
-    model, processor = from_scratch(start, nano.tokenizer(), seed=0)
-    other, _ = from_scratch(start, processor.tokenizer, seed=1)
-    results, versions = [], {}
-    for kind in args.kinds:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            pairs = draw_pairs(kind, args.rows, processor, model.config.tile_px, args.row_tokens)
-            save(model, processor, folder / "model")
-            save(other, processor, folder / "reference")
-            write_pairs(pairs, processor, folder / "rows.safetensors")
-            trl = Trl(args.trl_python, folder, "trl_mpo_side.py")
-            versions = trl.versions
-            results.append(compare(trl, kind, args, (pairs, processor)))
-            trl.process.communicate(json.dumps({"do": "exit"}) + "\n")
-    document = {"benchmark": "mpo", "peer_versions": versions, "results": results}
-    document["arguments"] = {name: str(value) for name, value in vars(args).items()}
-    if args.out is not None:
-        args.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(document))
-
-
 if __name__ == "__main__":
-    main()
+    run("mpo", parse(), "trl_mpo_side.py", write_pairs, compare)

@@ -19,10 +19,7 @@ Run: ``python benchmarks/bench_sft.py --trl-python VENV/bin/python --sweep --thr
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,31 +31,35 @@ import torch
 from accelerate import Accelerator
 from bench_packing import sizes
 from bench_train_step import quartiles
-from experiment import Given, markdown, random_example
+from experiment import Given, random_example
 from safetensors.torch import save_file
 from torch import Tensor
-from trl_peer import LR, Peer, Runner, Trl, request, sweep
+from trl_frame import (
+    RELEASED_TOKENS_PER_TILE,
+    arguments,
+    as_json,
+    chosen_peer,
+    expanded,
+    packed,
+    print_sweep,
+    run,
+)
+from trl_peer import LR, Peer, Runner, Trl, request
 
 from cascadevl.data.collate import collate, num_tokens
-from cascadevl.data.packing import Packer, size_of
 from cascadevl.data.processor import CascadeVLProcessor
-from cascadevl.host_memory import keep_freed_memory
-from cascadevl.model.loading import save
-from cascadevl.sequence import expand
 from cascadevl.train.config import ModelConfig
 from cascadevl.train.loop import TrainState, update
 from cascadevl.train.objective import NEXT_TOKEN
 from cascadevl.train.optim import OptimConfig, Optimiser
 from cascadevl.train.run import from_scratch, make_trainable
 from cascadevl.types import Batch, Example
-from cascadevl.workflows import nano
 
 KINDS = ("mixed", "text")
-RELEASED_TOKENS_PER_TILE = 256
 
 
 def draw_rows(
-    kind: str, count: int, processor: CascadeVLProcessor, tile_px: int, max_tokens: int
+    kind: str, count: int, processor: CascadeVLProcessor, max_tokens: int
 ) -> list[Example]:
     """Random tokens and tiles; lengths as bench_packing.py draws them, made smaller.
 
@@ -80,7 +81,7 @@ def draw_rows(
                 size.tiles,
                 text - text // 2,
                 image_token_id=processor.image_token_id,
-                tile_px=tile_px,
+                tile_px=processor.tiling.tile_px,
                 rng=rng,
             )
         )
@@ -89,24 +90,20 @@ def draw_rows(
     return drawn
 
 
-def write_rows(rows: Sequence[Example], processor: CascadeVLProcessor, path: Path) -> None:
-    """The rows as TRL's side reads them, images expanded."""
+def write_rows(
+    kind: str, folder: Path, processor: CascadeVLProcessor, args: argparse.Namespace
+) -> list[Example]:
+    """Draw rows, and write them as TRL's side reads them, images expanded."""
+    rows = draw_rows(kind, args.rows, processor, args.row_tokens)
     tensors: dict[str, Tensor] = {}
     for number, row in enumerate(rows):
-        whole = expand(
-            row.input_ids,
-            row.trained,
-            row.segments,
-            row.parents,
-            image_token_id=processor.image_token_id,
-            tokens_per_image=[n * processor.tokens_per_tile for n in row.tiles_per_image],
-            increments=row.increments,
-        )
+        whole = expanded(row, processor)
         ids = torch.from_numpy(whole.input_ids)
         tensors[f"ids.{number}"] = ids
         tensors[f"labels.{number}"] = ids.masked_fill(~torch.from_numpy(whole.trained), -100)
         tensors[f"tiles.{number}"] = torch.from_numpy(row.tiles)
-    save_file(tensors, path)
+    save_file(tensors, folder / "rows.safetensors")
+    return rows
 
 
 class Ours:
@@ -149,11 +146,8 @@ class Ours:
         self.slots = 0
         for first in range(0, len(order), self.args.step_rows):
             chosen = [self.rows[n] for n in order[first : first + self.args.step_rows]]
-            packer: Packer[Example] = Packer(self.args.row_tokens, 10_000, len(chosen))
-            packed = []
-            for number, row in enumerate(chosen):
-                packed += packer.add(row, size_of(row, self.processor.tokens_per_tile), number)
-            batches = [self.batch(row.items) for row in (*packed, *packer.flush())]
+            rows = packed(chosen, self.processor.tokens_per_tile, self.args.row_tokens)
+            batches = [self.batch(row) for row in rows]
             self.slots += sum(batch.input_ids.numel() for batch in batches)
             update(self.state, batches, NEXT_TOKEN)
             self.state.optimiser.step(1.0)
@@ -197,20 +191,17 @@ def prove_equal(
     return losses
 
 
-def compare(trl: Trl, kind: str, args: argparse.Namespace, setup: Any) -> dict[str, Any]:
+def compare(
+    trl: Trl,
+    kind: str,
+    args: argparse.Namespace,
+    rows: Sequence[Example],
+    processor: CascadeVLProcessor,
+) -> dict[str, Any]:
     """Equal loss, the sweep if it is wanted, then rounds in turn."""
-    rows, processor = setup
     losses = prove_equal(trl, rows, processor, args)
-    table: list[dict[str, Any]] = []
-    peer = Peer(
-        batch=args.peer_batch,
-        attention=args.peer_attention,
-        threads=args.peer_threads,
-        grouped=not args.peer_ungrouped and not (kind == "text" and args.peer_packed),
-        packing=args.row_tokens if kind == "text" and args.peer_packed else 0,
-    )
-    if args.sweep:
-        peer, table = sweep(trl, kind, args)
+    packing = args.row_tokens if kind == "text" and args.peer_packed else 0
+    peer, table = chosen_peer(trl, kind, args, packing=packing)
     ours, runner = Ours(rows, processor, args), Runner(trl, peer, args)
     ours.round()
     seconds: dict[str, list[float]] = {"ours": [], "trl": []}
@@ -228,15 +219,7 @@ def compare(trl: Trl, kind: str, args: argparse.Namespace, setup: Any) -> dict[s
         f"{useful} tokens, {sum(row.num_tiles for row in rows)} tiles; ours fills "
         f"{100 * useful / ours.slots:.1f} % of its slots; TRL at {peer}; float32 losses {losses}"
     )
-    if table:
-        cells = [
-            [
-                *(str(value) for value in row["peer"].values()),
-                f"{useful / row['seconds']:.0f}" if row["seconds"] < math.inf else "no memory",
-            ]
-            for row in table
-        ]
-        print(markdown([*table[0]["peer"], "useful tokens/s"], cells))
+    print_sweep(table, useful)
     return {
         "kind": kind,
         "ratio": median,
@@ -244,7 +227,7 @@ def compare(trl: Trl, kind: str, args: argparse.Namespace, setup: Any) -> dict[s
         "tokens_per_s": speed,
         "peer": asdict(peer),
         "losses": losses,
-        "sweep": [{**row, "seconds": None} if row["seconds"] == math.inf else row for row in table],
+        "sweep": as_json(table),
         "seconds": seconds,
         "useful_tokens": useful,
         "fill": useful / ours.slots,
@@ -253,54 +236,13 @@ def compare(trl: Trl, kind: str, args: argparse.Namespace, setup: Any) -> dict[s
 
 def parse() -> argparse.Namespace:
     """The arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--trl-python", type=Path, required=True, help="Python of an environment with TRL")
-    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    add("--preset", choices=("nano", "micro"), default="micro", help="shape of the model")
-    add("--rows", type=int, default=64, help="samples of a round")
-    add("--step-rows", type=int, default=32, help="samples of an optimiser step")
-    add("--row-tokens", type=int, default=2048, help="tokens of a packed row, the peer's too")
-    add("--equal-rows", type=int, default=6, help="samples of the batch of equal loss")
-    add("--repeats", type=int, default=10, help="timed rounds of each side")
-    add("--threads", type=int, default=2, help="threads of ours, and most of the peer")
-    add("--sweep", action="store_true", help="look for the peer's best settings")
-    add("--sweep-rounds", type=int, default=1, help="timed rounds of each setting")
-    add("--batches", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="sizes tried")
-    add("--peer-batch", type=int, default=8)
-    add("--peer-attention", choices=("sdpa", "eager"), default="sdpa")
-    add("--peer-threads", type=int, default=2)
-    add("--peer-ungrouped", action="store_true")
-    add("--peer-packed", action="store_true", help="let TRL pack the text rows")
-    add("--out", type=Path, default=None, help="also write the JSON here")
+    parser = arguments(__doc__.splitlines()[0], KINDS, "samples")
+    parser.add_argument("--peer-packed", action="store_true", help="let TRL pack the text rows")
+    parser.set_defaults(
+        rows=64, step_rows=32, equal_rows=6, batches=[2, 4, 8, 16, 32], peer_batch=8
+    )
     return parser.parse_args()
 
 
-def main() -> None:
-    """Compare every kind and print."""
-    args = parse()
-    keep_freed_memory()  # as our commands do; TRL's side is given the same
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
-    start = ModelConfig(preset=args.preset, precision="float32")
-    model, processor = from_scratch(start, nano.tokenizer(), seed=0)
-    results, versions = [], {}
-    for kind in args.kinds:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            rows = draw_rows(kind, args.rows, processor, model.config.tile_px, args.row_tokens)
-            save(model, processor, folder / "model")
-            write_rows(rows, processor, folder / "rows.safetensors")
-            trl = Trl(args.trl_python, folder)
-            versions = trl.versions
-            results.append(compare(trl, kind, args, (rows, processor)))
-            trl.process.communicate(json.dumps({"do": "exit"}) + "\n")
-    document = {"benchmark": "sft", "peer_versions": versions, "results": results}
-    document["arguments"] = {name: str(value) for name, value in vars(args).items()}
-    if args.out is not None:
-        args.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(document))
-
-
 if __name__ == "__main__":
-    main()
+    run("sft", parse(), "trl_side.py", write_rows, compare)
