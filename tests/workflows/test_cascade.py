@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import random
 import signal
@@ -18,7 +19,13 @@ from cascadevl.config import load_config
 from cascadevl.errors import ConfigError, DataError
 from cascadevl.workflows.cascade import DONE, cascade
 from cascadevl.workflows.cascade_config import CascadeConfig
-from cascadevl.workflows.cascade_report import ExamRow, StageLine, cells_of, clock
+from cascadevl.workflows.cascade_report import (
+    ExamRow,
+    StageLine,
+    cells_of,
+    clock,
+    terminal_table,
+)
 
 QUIET = Console(quiet=True)
 
@@ -205,3 +212,23 @@ def test_the_table() -> None:
     assert [line[4] for line in cells] == ["100.0", "", "55.0", ""]
     assert {len(line) for line in cells} == {len(headings)}
     assert clock(59.0) == "59 s"
+
+
+def test_the_table_fits_a_terminal() -> None:
+    names = ("charts:easy@224", "handwriting:four", "printed:word@224", "shapes:full")
+    rows = [
+        ExamRow(name=name, share=1.0, low=0.61, high=1.0, num=9, constant=0.2) for name in names
+    ]
+    start = StageLine(stage="start", seconds=0.0, flops=0.0, facts={}, exam=rows)
+    stages = [start, *(dataclasses.replace(start, stage=name) for name in ("vico", "router"))]
+    stages[-1] = dataclasses.replace(stages[-1], visual_share=0.5)
+    written = io.StringIO()
+    Console(width=80, file=written).print(terminal_table(stages))
+    text = written.getvalue()
+    assert "…" not in text
+    assert text.count("(61-100)") == 12
+    assert "router" in text
+    # A few kinds of questions and many stages stand upright.
+    narrow = terminal_table([dataclasses.replace(start, exam=rows[:1])] * 6)
+    assert narrow.columns[1].header == "charts:\neasy@224"
+    assert len(narrow.rows) == 7

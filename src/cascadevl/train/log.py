@@ -86,7 +86,7 @@ class RunLog:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tokens/s · ETA"),
+                TextColumn("loss {task.fields[loss]} · {task.fields[speed]} · ETA"),
                 TimeRemainingColumn(),
                 console=self.console,
             )
@@ -126,12 +126,13 @@ class RunLog:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
         loss = f"{values.get('loss', float('nan')):.4f}"
-        speed = f"{values.get('tokens_per_s', 0):,.0f}"
+        unit = "tokens" if values.get("tokens_per_s") else "tiles"  # a router reads no tokens
+        speed = f"{values.get(f'{unit}_per_s', 0):,.0f} {unit}/s"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, loss=loss, speed=speed)
         elif self._is_main and "loss" in values:
             self.console.print(
-                f"{self._title} {step}/{self._num_steps} loss {loss} {speed} tokens/s",
+                f"{self._title} {step}/{self._num_steps} loss {loss} {speed}",
                 highlight=False,
             )
 

@@ -141,18 +141,29 @@ def clock(seconds: float) -> str:
 
 
 def terminal_table(lines: Sequence[StageLine]) -> Table:
-    """The summary for a terminal: without the sums, which do not fit there."""
+    """The summary for a terminal: without the sums; a column a stage where that is narrower."""
     headings, cells = cells_of(lines)
     shown = [number for number, heading in enumerate(headings) if not heading.endswith("in all")]
+    upright = [[each[number] for number in shown] for each in (headings, *cells)]
+    sideways = [list(column) for column in zip(*upright, strict=True)]
+    first, *others = min(upright, sideways, key=_width)
+    is_sideways = first == sideways[0]
     table = Table(title="percent right on held-out questions (95 % interval)", title_justify="left")
-    for number in shown:
-        is_first = number == 0
-        table.add_column(
-            headings[number].replace(":", ":\n"), justify="left" if is_first else "right"
-        )
-    for row in cells:
-        table.add_row(*(row[number] for number in shown))
+    table.add_column(first[0], no_wrap=is_sideways)
+    for heading in first[1:]:
+        table.add_column(heading.replace(":", ":\n"), justify="right")
+    for row in others:
+        table.add_row(*row)
     return table
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    """Characters that a table needs at least: its longest words, and the lines between them."""
+    longest = [
+        max(len(word) for cell in column for word in ["", *cell.split()])
+        for column in zip(*rows, strict=True)
+    ]
+    return sum(longest) + 3 * len(longest)
 
 
 def write_summary(lines: Sequence[StageLine], out: Path) -> Path:
