@@ -7,48 +7,27 @@ Slow, and needs Ray: `make setup-ray`, or an environment with cascadevl and Ray 
 from __future__ import annotations
 
 import os
-import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
 
 import openai
 import PIL.Image
 import pytest
+from tests.serving.small_command import command, free_port
+from tests.serving.small_ray import ray_python, replicas
 from tests.serving.small_server import shown
 
 from cascadevl.cli.main import main
 
 
 @pytest.fixture(scope="module")
-def python() -> str:
-    found = os.environ.get("CASCADEVL_RAY_PYTHON")
-    if found is None and find_spec("ray") is None:
-        pytest.fail("this test needs a real Ray: run `make setup-ray`")
-    return found or sys.executable
-
-
-@pytest.fixture(scope="module")
-def served(python: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [python, "-m", "cascadevl.cli.main", "serve", "micro", "--port", "0", "--ray"]
-    command += ["--wire", f"tcp://127.0.0.1:{port}", "--threads", "1", "--replica-cpus", "0.1"]
-    command += ["--cache-bytes", "64MB", "--max-language", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            url = process.stdout.readline().strip().partition(" at ")[2]
-            with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600) as client:
-                yield process, client
-        finally:
-            process.kill()
+def served() -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
+    words = ["--ray", "--wire", f"tcp://127.0.0.1:{free_port()}", "--threads", "1"]
+    words += ["--replica-cpus", "0.1", "--cache-bytes", "64MB", "--max-language", "2"]
+    with command(*words, python=ray_python()) as (process, client):
+        yield process, client.with_options(timeout=600)
 
 
 def ask(client: openai.OpenAI) -> str | None:
@@ -62,20 +41,6 @@ def ask(client: openai.OpenAI) -> str | None:
     assert reply.usage.prompt_tokens_details is not None
     assert reply.usage.prompt_tokens_details.model_dump()["visual_tokens"] > 0
     return reply.choices[0].message.content
-
-
-def replicas(role: str) -> list[int]:
-    """Processes of the replicas of a half."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                name = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            if name.startswith("ray::") and re.search(f"cascadevl-{role}[#:]", name):
-                found.append(int(folder.name))
-    return found
 
 
 @pytest.mark.slow
@@ -104,6 +69,13 @@ def test_replicas_answer_and_one_that_is_killed_comes_back(
         time.sleep(0.5)
 
 
+def last_line(program: str) -> str:
+    """What a program said at last that may import Ray."""
+    command = [ray_python(), "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
 FOLLOWS = """
 from types import SimpleNamespace
 from cascadevl.serving.ray_app import ByLoad
@@ -114,9 +86,23 @@ print([policy(SimpleNamespace(aggregated_metrics=known))[0] for known in each])
 
 
 @pytest.mark.slow
-def test_replicas_are_as_many_as_what_is_in_hand_wants(python: str):
-    done = subprocess.run([python, "-c", FOLLOWS], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[1, 1, 1, 3, 4]"
+def test_replicas_are_as_many_as_what_is_in_hand_wants():
+    assert last_line(FOLLOWS) == "[1, 1, 1, 3, 4]"
+
+
+WAITS = """
+from cascadevl.serving.ray_app import Scale, missing_resources
+scale = Scale(least=3, most=3, gpus=1.0, resources={"eyes": 1.0})
+each = [{"CPU": 2.0, "GPU": 3.0}, {"CPU": 3.0, "eyes": 2.0}, {"CPU": 9.0, "GPU": 3.0, "eyes": 3.0}]
+print([missing_resources(scale, offered) for offered in each])
+"""
+
+
+@pytest.mark.slow
+def test_what_hosts_do_not_offer_is_named():
+    assert last_line(WAITS) == str(
+        [["CPU (2 of 3)", "eyes (0 of 3)"], ["GPU (0 of 3)", "eyes (2 of 3)"], []]
+    )
 
 
 def test_words_that_make_no_cluster_are_refused(

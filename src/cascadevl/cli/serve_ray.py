@@ -44,6 +44,13 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="requests in hand for each replica; with more, replicas are added (8)",
     )
+    for half in ("vision", "language"):
+        group.add_argument(
+            f"--{half}-resource",
+            metavar="NAME",
+            help=f"run {half} replicas only on hosts that offer this resource of Ray; each takes "
+            f"one, so room for four is: ray start --resources '{{\"NAME\": 4}}'",
+        )
     group.add_argument(
         "--replica-cpus", type=float, default=1.0, metavar="N", help="cores of each replica (1)"
     )
@@ -85,7 +92,7 @@ def ray_halves(args: argparse.Namespace) -> AbstractContextManager[None]:
     if gpus is None:
         gpus = 1.0 if args.device.startswith("cuda") else 0.0
 
-    def scale(least: int | None, most: int | None) -> Scale:
+    def scale(least: int | None, most: int | None, resource: str | None) -> Scale:
         least = least or 1
         return Scale(
             least=least,
@@ -93,11 +100,12 @@ def ray_halves(args: argparse.Namespace) -> AbstractContextManager[None]:
             load=args.load,
             cpus=args.replica_cpus,
             gpus=gpus,
+            resources={} if resource is None else {resource: 1.0},
         )
 
     return halves(
         member_settings(args, "vision", args.wire),
-        scale(args.vision, args.max_vision),
-        scale(args.language, args.max_language),
+        scale(args.vision, args.max_vision, args.vision_resource),
+        scale(args.language, args.max_language, args.language_resource),
         address=None if args.ray == LOCAL else args.ray,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -113,6 +113,26 @@ class ByLoad:
         return max(self._least, min(self._most, wanted)), {}
 
 
+def missing_resources(scale: Scale, offered: Mapping[str, float]) -> list[str]:
+    """Of what the hosts of a cluster offer less than the replicas take that there are at least.
+
+    The replicas wait for it: a cluster that starts hosts by itself may offer it later.
+
+    Args:
+        scale: Of a half.
+        offered: By all hosts together, as Ray names it.
+
+    Returns:
+        Each in words, with both numbers.
+    """
+    taken = {"CPU": scale.cpus, "GPU": scale.gpus, **scale.resources}
+    return [
+        f"{name} ({offered.get(name, 0.0):g} of {scale.least * each:g})"
+        for name, each in taken.items()
+        if offered.get(name, 0.0) < scale.least * each
+    ]
+
+
 @contextmanager
 def halves(
     settings: MemberSettings, vision: Scale, language: Scale, *, address: str | None = None
@@ -128,8 +148,12 @@ def halves(
     ray.init(address=address, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(proxy_location="Disabled")  # the front speaks HTTP
+        offered = ray.cluster_resources()
         scales: dict[Role, Scale] = {"vision": vision, "language": language}
         for role, scale in scales.items():
+            if missing := missing_resources(scale, offered):
+                wanted = ", ".join(missing)
+                _LOG.warning("ray: the %s half waits for hosts that offer %s", role, wanted)
             own = replace(settings, role=role)
             serve.run(_deployment(role, scale).bind(own), name=_app(role), route_prefix=None)
             _LOG.info("ray: the %s half has %d replicas", role, scale.least)
