@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+Work: TypeAlias = Callable[[Callable[[int], None]], object]
+"""Calls what it is given with the number of each part that is finished."""
 
 
-def killed(work: Callable[[Callable[[int], None]], None], after_s: float) -> tuple[set[int], bool]:
+def attempts(
+    work: Work, kills: int, most_s: float, *, least: int, seed: int = 0
+) -> Iterator[tuple[set[int], bool]]:
+    """Do some work in processes that are killed at random moments, and in one that is left alone.
+
+    Args:
+        work: The work; every attempt goes on with what those before have left.
+        kills: Attempts that are killed, unless they have ended by then.
+        most_s: How long they live at most.
+        least: How many of them must not come to their end, for the test to say something.
+        seed: Of the moments.
+
+    Yields:
+        Of each attempt the parts that it called finished, and whether it came to its end.
+    """
+    chance, num_killed = random.Random(seed), 0
+    for _ in range(kills):
+        finished, ended = killed(work, chance.uniform(0.0, most_s))
+        num_killed += not ended
+        yield finished, ended
+    assert num_killed >= least, f"too few attempts were killed: {num_killed} of {kills}"
+    finished, ended = killed(work, 300.0)
+    assert ended
+    yield finished, ended
+
+
+def killed(work: Work, after_s: float) -> tuple[set[int], bool]:
     """Do some work in a process of its own, and kill that with SIGKILL.
 
     Args:
-        work: Calls what it is given with the number of each part that is finished.
+        work: The work.
         after_s: When it is killed, unless it has ended by then.
 
     Returns:

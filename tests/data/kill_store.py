@@ -5,14 +5,13 @@ A program of its own because it forks, which a process with threads must not.
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.data.some_rollouts import rollout
-from tests.killing import killed
+from tests.killing import attempts
 
 from cascadevl.data.rollouts import ROLLOUTS, StoredRollouts, open_store
 
@@ -34,20 +33,14 @@ def write(folder: Path, finished: Callable[[int], None]) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     write(folder / "whole", lambda number: None)
-    parts, chance = folder / "parts", random.Random(0)
+    parts = folder / "parts"
     done: set[int] = set()
-    ends = []
-    for attempt in range(KILLS + 1):
-        after_s = chance.uniform(0, 0.02) if attempt < KILLS else 60.0
-        finished, ended = killed(lambda tell: write(parts, tell), after_s)
-        ends.append(ended)
+    for finished, _ in attempts(lambda tell: write(parts, tell), KILLS, 0.02, least=5):
         assert not finished & done, "what is there is not made again"
         done |= finished
         if done:
             found = {int(name.partition(":")[2]) for _, name in StoredRollouts(parts).identities}
             assert done <= found, "what was finished is there"
-    assert ends.count(False) >= 5, f"too few attempts were killed: {ends}"
-    assert ends[-1]
     first, second = (
         sorted((each / ROLLOUTS).read_bytes().splitlines()) for each in (folder / "whole", parts)
     )

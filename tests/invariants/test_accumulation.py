@@ -6,10 +6,6 @@ one of them has no picture at all.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from tests.train.small_run import small_config, sources, tokenizer
+from tests.processes import shared_by
+from tests.train.small_run import Given, small_config, sources, tokenizer
 from torch import Tensor
 
 from cascadevl.data.collate import collate
@@ -35,22 +32,6 @@ TEXTS = (
     ("How many shapes are there?", "2"),
     ("Describe it.", "a red circle left, a blue square right, a green triangle at the top"),
 )
-
-
-class Given:
-    """A stream of batches made before."""
-
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self.batches = iter(batches)
-
-    def __next__(self) -> Batch:
-        return next(self.batches)
-
-    def state_dict(self) -> dict[str, object]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, object], /) -> None:
-        assert not state
 
 
 class Setting:
@@ -165,30 +146,7 @@ def step_of_rank(out: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = (
-        "import sys; from pathlib import Path; from tests.invariants import test_accumulation as t;"
-        " t.step_of_rank(Path(sys.argv[1]))"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path)],
-            cwd=Path(__file__).parents[2],
-            env={
-                **os.environ,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "WORLD_SIZE": "2",
-                "LOCAL_RANK": str(rank),
-                "RANK": str(rank),
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    shared_by(2, step_of_rank, tmp_path)
     step_of_rank(tmp_path)
     alone = safetensors.torch.load_file(tmp_path / "1-0.safetensors")
     ranks = [safetensors.torch.load_file(tmp_path / f"2-{rank}.safetensors") for rank in range(2)]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.processes import shared_by
+from tests.train.run_folders import logged
 from tests.train.small_pairs import mpo_config, pairs
 from tests.train.small_run import QUIET
 
@@ -20,7 +18,7 @@ from cascadevl.train.mpo import mpo
 COMPARED = ("loss", "grad_norm", "margin", "accuracy", "kl", "reward_shift", "pairs")
 
 
-def run(folder: Path, *, before_use: bool = False) -> None:
+def run(folder: Path, before_use: bool) -> None:
     """One process of a run, or all of it: four pairs a step either way."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config = mpo_config(
@@ -35,42 +33,13 @@ def run(folder: Path, *, before_use: bool = False) -> None:
         torch.distributed.destroy_process_group()
 
 
-def run_as_two(folder: Path, *, before_use: bool) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = (
-        "import sys; from pathlib import Path; from tests.invariants import test_pair_processes as "
-        f"t; t.run(Path(sys.argv[1]), before_use={before_use})"
-    )
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(folder)],
-            cwd=Path(__file__).parents[2],
-            env={
-                **os.environ,
-                **shared,
-                "WORLD_SIZE": "2",
-                "LOCAL_RANK": str(rank),
-                "RANK": str(rank),
-            },
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=250) for process in processes] == [0, 0]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("before_use", [False, True])
 def test_two_processes_take_the_steps_of_one(tmp_path: Path, before_use: bool) -> None:
-    run(tmp_path, before_use=before_use)
-    run_as_two(tmp_path, before_use=before_use)
+    run(tmp_path, before_use)
+    shared_by(2, run, tmp_path, before_use)
     folders = [tmp_path / f"of-{count}-{before_use}" for count in (1, 2)]
-    alone, together = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in folders
-    )
+    alone, together = map(logged, folders)
     compared = [name for name in COMPARED if not before_use or name == "pairs"]
     for first, second in zip(alone, together, strict=True):
         for name in compared:  # before use, the rewards a micro-batch meets follow the division

@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from tests.processes import shared_by
 from tests.train.small_run import QUIET, small_config, tokenizer
 
 from cascadevl.data.mixture import Mixture
@@ -92,35 +90,14 @@ def attempt(folder: Path) -> None:
     assert result.steps == (STOP if world_size == 2 else NUM_STEPS)
 
 
-def run(folder: Path, world_size: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = (
-        "import sys; from pathlib import Path; from tests.invariants import test_processes as t; "
-        "t.attempt(Path(sys.argv[1]))"
-    )
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    shared |= {"WORLD_SIZE": str(world_size), "HF_DATASETS_CACHE": str(folder / "cache")}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(folder)],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, **shared, "LOCAL_RANK": str(rank), "RANK": str(rank)},
-        )
-        for rank in range(world_size)
-    ]
-    assert [process.wait(timeout=250) for process in processes] == [0] * world_size
-
-
 @pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_as_three(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write_data(tmp_path)
-    run(tmp_path, 2)
-    run(tmp_path, 3)
+    for number in (2, 3):
+        shared_by(number, attempt, tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
     seen: Counter[str] = Counter()
     for file in tmp_path.glob("seen-*.txt"):
         names_and_branches = (line.partition("#") for line in file.read_text().splitlines())

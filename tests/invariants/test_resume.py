@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
-import torch
+from tests.processes import killed_after_a_checkpoint
+from tests.train.run_folders import crashing_at, differing, logged
 from tests.train.small_run import QUIET, small_config, sources, tokenizer
 
-from cascadevl.train.checkpoint import latest
 from cascadevl.train.config import TrainConfig
 from cascadevl.train.loop import TrainState
 from cascadevl.train.pretrain import pretrain
@@ -54,27 +49,16 @@ def run(out: Path, on_step: Any = None, **values: Any) -> TrainResult:
     )
 
 
-def final_tensors(out: Path) -> dict[str, torch.Tensor]:
-    path = latest(out / "checkpoints")
-    assert path is not None
-    assert path.name == f"checkpoint-{NUM_STEPS:08d}"
-    return {
-        f"{name}:{key}": tensor
-        for name in ("weights", "optimiser", "rank-00000")
-        for key, tensor in safetensors.torch.load_file(path / f"{name}.safetensors").items()
-    }
+def run_that_saves_often(out: Path, **values: Any) -> None:
+    run(out, run__checkpoint_interval=1, **values)
 
 
-def losses(out: Path) -> list[tuple[int, float, float]]:
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, lines)]
+def losses(out: Path) -> list[tuple[float, float, float]]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in logged(out)]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    before, after = final_tensors(first), final_tensors(second)
-    assert before.keys() == after.keys()
-    differing = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
-    assert differing == []
+    assert differing(first, second, NUM_STEPS) == []
     assert losses(first) == losses(second)
     assert len(losses(first)) == NUM_STEPS
 
@@ -90,13 +74,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_crashed_goes_on_as_if_nothing_happened(
     uninterrupted: Path, tmp_path: Path, prefetch: int
 ) -> None:
-    crash_step = random.Random(prefetch).randrange(3, NUM_STEPS)
-
-    def crash(state: TrainState[Batch]) -> None:
-        torch.rand(3)  # an evaluation may draw; the run must not notice
-        if state.step == crash_step:
-            raise MemoryError("as if the machine had none left")
-
+    crash = crashing_at(random.Random(prefetch).randrange(3, NUM_STEPS))
     with pytest.raises(MemoryError):
         run(tmp_path / "run", on_step=crash, data__prefetch=prefetch)
     result = run(tmp_path / "run", run__resume=True, data__prefetch=prefetch)
@@ -121,18 +99,7 @@ def test_sigterm_finishes_the_step_saves_and_the_run_goes_on(
 @pytest.mark.slow
 def test_a_killed_process_leaves_a_run_that_goes_on(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    program = (
-        "import sys; from pathlib import Path; from tests.invariants import test_resume as t; "
-        "t.run(Path(sys.argv[1]), run__checkpoint_interval=1)"
-    )
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", program, str(out)], cwd=root)
-    deadline = time.monotonic() + 120
-    while latest(out / "checkpoints") is None and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(random.Random(0).uniform(0.0, 0.3))
-    process.kill()
-    process.wait()
-    run(out, run__resume=True, run__checkpoint_interval=1)
+    after_s = random.Random(0).uniform(0.0, 0.3)
+    killed_after_a_checkpoint(out, run_that_saves_often, out, after_s=after_s)
+    run_that_saves_often(out, run__resume=True)
     assert_same_run(uninterrupted, out)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.processes import shared_by
+from tests.train.run_folders import logged, timeless
 from tests.train.small_pairs import mpo_config
 from tests.train.small_run import QUIET
 from tests.train.small_vico import stripes, vico_config
@@ -34,59 +32,22 @@ def run(folder: Path, reference: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-def run_as_two(folder: Path, reference: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = (
-        "import sys; from pathlib import Path; from tests.invariants import test_vico_processes as "
-        f"t; t.run(Path(sys.argv[1]), {reference!r})"
-    )
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(folder)],
-            cwd=Path(__file__).parents[2],
-            env={
-                **os.environ,
-                **shared,
-                "WORLD_SIZE": "2",
-                "LOCAL_RANK": str(rank),
-                "RANK": str(rank),
-            },
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=250) for process in processes] == [0, 0]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", ["copy", "stored"])
 def test_two_processes_take_the_steps_of_one(tmp_path: Path, reference: str) -> None:
     """Kills: means of views over one process alone, or a mean of the processes' means."""
     mpo_config(tmp_path / "unused", tmp_path / "start")  # random weights
     run(tmp_path, reference)
-    run_as_two(tmp_path, reference)
-    alone, together = (
-        [
-            json.loads(line)
-            for line in (tmp_path / f"of-{count}-{reference}" / "metrics.jsonl")
-            .read_text()
-            .splitlines()
-        ]
-        for count in (1, 2)
-    )
+    shared_by(2, run, tmp_path, reference)
+    folders = [tmp_path / f"of-{count}-{reference}" for count in (1, 2)]
+    alone, together = (timeless(logged(folder)) for folder in folders)
     views = set()
     for first, second in zip(alone, together, strict=True):
         assert first.keys() == second.keys()
         for name, value in first.items():
-            if not name.endswith("_per_s"):
-                assert value == pytest.approx(second[name], rel=1e-3, abs=1e-5), name
+            assert value == pytest.approx(second[name], rel=1e-3, abs=1e-5), name
         views |= {name for name in first if name.startswith("kl_")}
     assert views >= {"kl_full", "kl_compressed", "kl_text"}
     if reference == "stored":
-        parts = [
-            len(list((tmp_path / f"of-{count}-stored" / "reference").glob("part-*")))
-            for count in (1, 2)
-        ]
+        parts = [len(list((folder / "reference").glob("part-*"))) for folder in folders]
         assert parts == [3, 3]

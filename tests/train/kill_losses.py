@@ -5,7 +5,6 @@ A program of its own because it forks, which a process with threads must not.
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from tests.killing import killed
+from tests.killing import attempts
 
 from cascadevl.train.loss_journal import Drawn, TileLosses, measured_losses
 from cascadevl.train.tile_losses import Losses
@@ -84,19 +83,15 @@ def main() -> None:
     folder = Path(sys.argv[1])
     whole = write(folder / "whole", lambda number: None)
     assert [each.position for each in whole] == list(range(NUMBER))
-    parts, chance = folder / "parts", random.Random(0)
+    parts = folder / "parts"
     begun: list[int] = []
-    ends = []
-    for attempt in range(KILLS + 1):
-        after_s = chance.uniform(0, 0.04) if attempt < KILLS else 60.0
-        started, ended = killed(lambda tell: write(parts, tell) and None, after_s)
+    num_killed = 0
+    for started, ended in attempts(lambda tell: write(parts, tell), KILLS, 0.04, least=5):
         begun += sorted(started)
-        ends.append(ended)
-    assert ends.count(False) >= 5, f"too few attempts were killed: {ends}"
-    assert ends[-1]
+        num_killed += not ended
     # An end costs at most the chunk that was in hand.
     twice = len(begun) - len(set(begun))
-    assert twice <= ends.count(False) * CHUNK, (twice, ends)
+    assert twice <= num_killed * CHUNK, (twice, num_killed)
     assert write(parts, lambda number: sys.exit("measured again")) == whole
 
 

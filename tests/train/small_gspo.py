@@ -103,9 +103,3 @@ def run(out: Path, start: Path, on_step: Any = None, **values: Any) -> TrainResu
     """A run on pictures of shapes."""
     config = small_config(out, start, **values)
     return gspo(config, problems=problems(), on_step=on_step, console=QUIET)
-
-
-def logged(out: Path) -> list[dict[str, float]]:
-    """The lines of a run's log."""
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]

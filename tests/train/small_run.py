@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,22 @@ def tokenizer() -> PreTrainedTokenizerBase:
     records = [sources()[0].source[index] for index in range(20)]
     turns = [t for r in records for turns in (r.messages, *r.branches) for t in turns]
     return build_tokenizer([turn.text for turn in turns], 350)
+
+
+class Given:
+    """A stream of batches made before."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = iter(batches)
+
+    def __next__(self) -> Any:
+        return next(self.batches)
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, object], /) -> None:
+        assert not state
 
 
 def small_config(out: Path, **values: Any) -> TrainConfig:

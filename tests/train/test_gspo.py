@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tests.train.run_folders import crashing_at, logged
 from tests.train.small_gspo import (
     EVEN_START,
-    logged,
     problems,
     run,
     small_config,
@@ -184,13 +184,10 @@ def test_a_reward_that_is_no_number_stops_the_run_and_names_the_question(
 
 
 def test_a_run_that_crashed_within_a_batch_makes_the_batch_again(start: Path, tmp_path: Path):
-    def crash(state: TrainState[Any]) -> None:
-        if state.step == 3:  # the second batch has begun
-            raise MemoryError("as if the machine had none left")
-
     whole = run(tmp_path / "whole", start, run__eval_interval=1)
     with pytest.raises(MemoryError):
-        run(tmp_path / "run", start, on_step=crash, run__eval_interval=1)
+        # Where the second batch has begun.
+        run(tmp_path / "run", start, on_step=crashing_at(3), run__eval_interval=1)
     path = latest(tmp_path / "run" / "checkpoints")
     assert path is not None
     assert path.name == "checkpoint-00000002"
@@ -204,13 +201,9 @@ def test_a_run_that_crashed_within_a_batch_makes_the_batch_again(start: Path, tm
 
 
 def test_rollout_batches_are_kept_once_even_if_they_are_made_again(start: Path, tmp_path: Path):
-    def crash(state: TrainState[Any]) -> None:
-        if state.step == 3:
-            raise MemoryError("as if the machine had none left")
-
     more = {"run__eval_interval": 1, "rollout__store": tmp_path / "store"}
     with pytest.raises(MemoryError):
-        run(tmp_path / "run", start, on_step=crash, **more)
+        run(tmp_path / "run", start, on_step=crashing_at(3), **more)
     assert len(StoredRollouts(tmp_path / "store")) == 8  # the second batch was cut short later
     run(tmp_path / "run", start, **more, run__resume=True)
     stored = list(StoredRollouts(tmp_path / "store"))

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from peft.tuners.lora import ParamWrapper
 from tests.model.bodies import BODIES, body_model
 from tests.model.packed import head, packed_batch
+from tests.train.run_folders import crashing_at, differing, final_tensors, logged
 from tests.train.small_run import QUIET, small_config, sources, tokenizer
 from torch import Tensor
 
@@ -28,7 +28,6 @@ from cascadevl.model.adapters import (
     plain_name,
 )
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
-from cascadevl.train.checkpoint import latest
 from cascadevl.train.config import ModelConfig, TrainConfig
 from cascadevl.train.loop import TrainState, update
 from cascadevl.train.lora import LoraConfig, add_adapters, find_targets
@@ -311,34 +310,17 @@ def lora_config(base: Path, out: Path, lora: LoraConfig | None = None, **values:
     return replace(small_config(out, **settings), lora=lora or everywhere)
 
 
-def stored(out: Path) -> dict[str, Tensor]:
-    path = latest(out / "checkpoints")
-    assert path is not None
-    assert path.name == "checkpoint-00000004"
-    return {
-        f"{name}:{key}": tensor
-        for name in ("weights", "optimiser", "rank-00000")
-        for key, tensor in safetensors.torch.load_file(path / f"{name}.safetensors").items()
-    }
-
-
 def test_a_run_that_crashed_goes_on_as_if_nothing_happened(base: Path, tmp_path: Path) -> None:
     sft(lora_config(base, tmp_path / "whole"), sources=sources(), console=QUIET)
-
-    def crash(state: TrainState[Batch]) -> None:
-        if state.step == 3:
-            raise MemoryError("as if the machine had none left")
-
     crashing = lora_config(base, tmp_path / "run", run__eval_interval=1)
     with pytest.raises(MemoryError):
-        sft(crashing, sources=sources(), on_step=crash, console=QUIET)
+        sft(crashing, sources=sources(), on_step=crashing_at(3), console=QUIET)
     going_on = lora_config(base, tmp_path / "run", run__resume=True)
     result = sft(going_on, sources=sources(), console=QUIET)
     assert result.finished
-    whole, again = stored(tmp_path / "whole"), stored(tmp_path / "run")
-    assert whole.keys() == again.keys()
-    assert [name for name, tensor in whole.items() if not torch.equal(tensor, again[name])] == []
-    names = [key.removeprefix("weights:") for key in whole if key.startswith("weights:")]
+    assert differing(tmp_path / "whole", tmp_path / "run", 4) == []
+    kept = final_tensors(tmp_path / "run", 4, ["weights"])
+    names = [key.removeprefix("weights:") for key in kept]
     assert names
     assert all(is_adapter(name) for name in names)  # a checkpoint holds no base weight
     adapters = ("adapter_model.safetensors", "adapter_config.json", "cascadevl_adapter.json")
@@ -385,8 +367,7 @@ def test_only_adapters_learn_and_both_folders_hold_the_same_model(
         assert torch.equal(old, kept), name
     assert (merged.config.increment, merged.config.trained_context) == ("auto", 4096)
     assert (beside.config.increment, beside.config.trained_context) == ("auto", 4096)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
+    losses = [line["loss"] for line in logged(tmp_path / "run")]
     assert losses[-1] < losses[0]
 
 

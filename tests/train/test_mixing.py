@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from tests.train.run_folders import crashing_at
 from tests.train.small_run import QUIET, small_config, tokenizer
 
 from cascadevl.data.example import ExampleBuilder
@@ -22,12 +23,10 @@ from cascadevl.tasks.shapes import Shapes
 from cascadevl.tasks.text import Text
 from cascadevl.train import mixing
 from cascadevl.train.config import ModelConfig, TrainConfig
-from cascadevl.train.loop import TrainState
 from cascadevl.train.mixing import FACTS, mixed, with_weights
 from cascadevl.train.pretrain import pretrain
 from cascadevl.train.run import from_scratch
 from cascadevl.train.sources import example_builder
-from cascadevl.types import Batch
 
 TEXT = ("sums", "words")
 NUM_DRAWS = 2000
@@ -164,13 +163,9 @@ def test_a_resumed_run_keeps_what_was_estimated(
             run, sources=sources(), tokenizer=tokenizer(), on_step=on_step, console=QUIET
         )
 
-    def crash(state: TrainState[Batch]) -> None:
-        if state.step == 3:
-            raise MemoryError
-
     start(tmp_path / "whole")
     with pytest.raises(MemoryError):
-        start(tmp_path / "run", crash)
+        start(tmp_path / "run", crashing_at(3))
     facts = (tmp_path / "run" / FACTS).read_bytes()
 
     def never(*_: Any, **__: Any) -> Any:

@@ -13,11 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from tests.invariants.test_accumulation import Given
-from tests.invariants.test_resume import final_tensors
 from tests.reference import mpo_by_hand
+from tests.train.run_folders import crashing_at, differing, logged
 from tests.train.small_pairs import COLOURS, Pairs, mpo_config, pairs
-from tests.train.small_run import QUIET
+from tests.train.small_run import QUIET, Given
 
 import cascadevl
 from cascadevl.data.mixture import WeightedSource
@@ -60,11 +59,6 @@ def run(out: Path, start: Path, on_step: Any = None, **values: Any) -> TrainResu
     return mpo(mpo_config(out, start, **settings), sources=pairs(), on_step=on_step, console=QUIET)
 
 
-def lines(out: Path) -> list[dict[str, float]]:
-    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(start: Path) -> Path:
     out = start.with_name("uninterrupted")
@@ -74,7 +68,7 @@ def uninterrupted(start: Path) -> Path:
 
 def test_it_learns_to_tell_the_answers_apart(start: Path, tmp_path: Path) -> None:
     result = run(tmp_path / "run", start, run__num_steps=30, batch__row_samples=6)
-    first, *_, last = lines(tmp_path / "run")
+    first, *_, last = logged(tmp_path / "run")
     assert first.keys() >= RECORDED
     assert first["pairs"] == 6
     assert first["preference"] == pytest.approx(math.log(2), abs=1e-4)
@@ -92,7 +86,7 @@ def test_it_learns_to_tell_the_answers_apart(start: Path, tmp_path: Path) -> Non
 def test_the_shift_is_the_mean_of_the_rewards_before_the_step(uninterrupted: Path) -> None:
     """Kills: the mean taken before use, a mean of this step alone, chosen rewards alone."""
     seen: list[float] = []
-    for line in lines(uninterrupted):
+    for line in logged(uninterrupted):
         wanted = sum(seen) / len(seen) if seen else 0.0
         assert line["reward_shift"] == pytest.approx(wanted, rel=1e-5, abs=1e-9)
         seen += [line["reward_chosen"], line["reward_rejected"]]
@@ -110,20 +104,13 @@ def test_a_run_that_crashed_goes_on_with_its_shift_as_if_nothing_happened(
 ) -> None:
     values = {"mpo__update_before_use": before_use, "model__precision": "bfloat16"}
     run(tmp_path / "whole", start, **values)
-    crash_step = random.Random(before_use).randrange(3, NUM_STEPS)
-
-    def crash(state: TrainState[PairBatch]) -> None:
-        torch.rand(3)
-        if state.step == crash_step:
-            raise MemoryError("as if the machine had none left")
-
+    crash = crashing_at(random.Random(before_use).randrange(3, NUM_STEPS))
     with pytest.raises(MemoryError):
         run(tmp_path / "run", start, on_step=crash, **values)
     assert run(tmp_path / "run", start, run__resume=True, **values).finished
-    before, after = (final_tensors(tmp_path / name) for name in ("whole", "run"))
-    assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
+    assert differing(tmp_path / "whole", tmp_path / "run", NUM_STEPS) == []
     kept = [
-        [{k: v for k, v in line.items() if k in RECORDED} for line in lines(tmp_path / name)]
+        [{k: v for k, v in line.items() if k in RECORDED} for line in logged(tmp_path / name)]
         for name in ("whole", "run")
     ]
     assert kept[0] == kept[1]
@@ -260,7 +247,7 @@ def test_with_adapters_off_the_base_is_the_reference(start: Path, tmp_path: Path
     values = {"lora": lora, "run__num_steps": 4, "optim__lr": 1e-2}
     for reference in ("stored", "adapters_off"):
         run(tmp_path / reference, start, mpo__reference=reference, **values)
-    stored, asked = lines(tmp_path / "stored"), lines(tmp_path / "adapters_off")
+    stored, asked = logged(tmp_path / "stored"), logged(tmp_path / "adapters_off")
     assert not (tmp_path / "adapters_off" / "reference").exists()
     for first, second in zip(stored, asked, strict=True):
         for name in RECORDED:

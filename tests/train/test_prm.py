@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from tests.reference import process_reward_by_hand as by_hand
+from tests.train.run_folders import logged
 from tests.train.small_run import QUIET, small_config
 
 import cascadevl
@@ -99,11 +99,6 @@ def run(out: Path, start: Path, *, brief: bool = True, on_step: Any = None, **v:
     return prm(config, sources=solutions(brief=brief), on_step=on_step, console=QUIET)
 
 
-def lines(out: Path) -> list[dict[str, float]]:
-    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def batch_of(processor: CascadeVLProcessor, *numbers: int) -> tuple[Batch, LabelTokens]:
     """Some solutions in one row."""
     build = StepBuilder(processor.builder)
@@ -122,7 +117,7 @@ def test_it_learns_what_scores_then_say(start: Path, tmp_path: Path) -> None:
     values = {"run__num_steps": 30, "batch__row_samples": 8, "prm__form": "two_tokens"}
     result = run(out, start, **values)
     assert result.finished
-    first, *_, last = lines(out)
+    first, *_, last = logged(out)
     assert last["loss"] < 0.1 < 0.4 < first["loss"]
     assert last["accuracy"] == pytest.approx(1.0)
     assert last["minus_found"] == pytest.approx(last["minus_share"])

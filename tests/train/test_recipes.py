@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from tests.train.run_folders import logged
 from tests.train.small_run import QUIET, small_config, sources, tokenizer
 from torch import nn
 
@@ -53,8 +54,7 @@ def chat_data(folder: Path, lines: Sequence[str]) -> Path:
 
 
 def test_pretraining_learns_and_leaves_a_model_that_opens(pretrained: Path) -> None:
-    lines = (pretrained / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
+    losses = [line["loss"] for line in logged(pretrained)]
     assert losses[-1] < losses[0] - 0.3
     model, processor = cascadevl.load(pretrained / "model")
     assert model.dtype == torch.bfloat16

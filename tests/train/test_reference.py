@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tests.train.small_pairs import Pairs, mpo_config, pairs
+from tests.train.small_passes import FailsOnce, Streamed
 from tests.train.small_run import QUIET
 
 from cascadevl.data.mixture import WeightedSource
@@ -75,25 +76,17 @@ def test_an_interrupted_pass_goes_on_with_what_is_missing(
 ) -> None:
     whole = Pass(mpo_config(tmp_path / "whole", start))()
     cut = Pass(mpo_config(tmp_path / "cut", start))
-    compute, computed = module._pair_logprobs, 0
-
-    def failing(*args: Any) -> torch.Tensor:
-        nonlocal computed
-        computed += 1
-        if computed == 5:  # in the second part: two pairs a row, three rows a part
-            raise MemoryError
-        return compute(*args)
-
-    monkeypatch.setattr(module, "_pair_logprobs", failing)
+    computed = FailsOnce(module._pair_logprobs, at=5)  # two pairs a row, three rows a part
+    monkeypatch.setattr(module, "_pair_logprobs", computed)
     with pytest.raises(MemoryError):
         cut()
     assert [f.name for f in (tmp_path / "cut" / "reference").glob("part*")] == [
         "part-000000.safetensors"
     ]
     assert cut() == whole
-    assert computed == 5 + 3 + 1
+    assert computed.calls == 5 + 3 + 1
     assert cut() == whole
-    assert computed == 9  # nothing is computed twice
+    assert computed.calls == 9  # nothing is computed twice
 
 
 class OneOf(Accelerator):
@@ -187,18 +180,6 @@ def test_pairs_that_changed_after_the_pass_stop_the_run(start: Path, tmp_path: P
 
 
 def test_a_stream_has_no_end_to_reach(start: Path, tmp_path: Path) -> None:
-    class Streamed:
-        name, num_lanes = "river", 1
-
-        def open(self, key: int) -> Any:
-            raise AssertionError(key)
-
-        def head(self, count: int) -> Any:
-            raise AssertionError(count)
-
-        def identity(self) -> list[int]:
-            return [1]
-
     with pytest.raises(ConfigError, match=r"'river' is streamed.*adapters_off"):
         Pass(mpo_config(tmp_path / "run", start))([WeightedSource(source=Streamed(), weight=1.0)])
 

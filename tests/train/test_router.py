@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.train.run_folders import logged
 from tests.train.small_router import NUM_RECORDS, Pages, pages, router_config, run, write_start
 from tests.train.small_run import QUIET
 
@@ -48,23 +49,18 @@ def done(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def lines(out: Path) -> list[dict[str, float]]:
-    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def entries(folder: Path) -> list[dict[str, Any]]:
     text = (folder / "losses-000.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
 def test_the_router_learns_its_labels(done: Path) -> None:
-    steps = [line for line in lines(done) if "loss" in line]
+    steps = [line for line in logged(done) if "loss" in line]
     assert len(steps) == 40
     late = steps[-8:]
     assert sum(line["accuracy"] for line in late) / 8 > 0.9
     assert sum(line["loss"] for line in late) / 8 < 0.4 < 0.6 < steps[0]["loss"]
-    exams = [line for line in lines(done) if "held_out_loss" in line]
+    exams = [line for line in logged(done) if "held_out_loss" in line]
     assert [line["step"] for line in exams] == [20, 40]
     assert exams[-1].keys() >= {"held_out_accuracy", "held_out_auc", "held_out_kept"}
 

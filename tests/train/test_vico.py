@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from tests.invariants.test_accumulation import Given
-from tests.invariants.test_resume import final_tensors
 from tests.reference import vico_by_hand as by_hand
-from tests.train.small_run import QUIET
+from tests.train.run_folders import crashing_at, differing, logged, timeless
+from tests.train.small_run import QUIET, Given
 from tests.train.small_vico import Stripes, read_stripes, stripes, vico_config
 
 import cascadevl
@@ -44,15 +42,6 @@ def run(out: Path, start: Path, on_step: Any = None, **values: Any) -> TrainResu
     return vico(config, sources=stripes(), on_step=on_step, console=QUIET)
 
 
-def lines(out: Path) -> list[dict[str, float]]:
-    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def timeless(lines: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in lines]
-
-
 def mean(lines: list[dict[str, float]], name: str) -> float:
     values = [line[name] for line in lines if name in line]
     return sum(values) / len(values)
@@ -63,7 +52,7 @@ def test_it_learns_to_say_with_fewer_tokens_what_it_says_with_all(
 ) -> None:
     calm = {"optim__lr": 6e-4, "optim__warmup_ratio": 0.1}  # the first steps shake a small model
     result = run(tmp_path / "run", start, run__num_steps=30, batch__row_samples=8, **calm)
-    first, *_ = seen = lines(tmp_path / "run")
+    first, *_ = seen = logged(tmp_path / "run")
     assert first["kl_full"] < 1e-5  # the model is its own reference before the first step
     assert first["same_full"] == pytest.approx(1.0)
     assert first["kl_compressed"] > 0.1
@@ -136,11 +125,11 @@ def test_the_copy_never_learns_and_has_no_second_projector(start: Path, tmp_path
 def test_a_stored_reference_takes_the_same_steps_as_a_copy(start: Path, tmp_path: Path) -> None:
     for reference in ("copy", "stored"):
         run(tmp_path / reference, start, vico__reference=reference)
-    copied, stored = lines(tmp_path / "copy"), lines(tmp_path / "stored")
+    copied, stored = (timeless(logged(tmp_path / name)) for name in ("copy", "stored"))
     assert not (tmp_path / "copy" / "reference").exists()
     for first, second in zip(copied, stored, strict=True):
         assert first.keys() == second.keys()
-        for name in first.keys() - {"step", "tokens_per_s", "tiles_per_s", "samples_per_s"}:
+        for name in first:
             assert first[name] == pytest.approx(second[name], rel=1e-3, abs=1e-5), name
 
 
@@ -150,19 +139,12 @@ def test_a_run_that_crashed_goes_on_as_if_nothing_happened(
 ) -> None:
     values = {"vico__reference": reference, "model__precision": "bfloat16"}
     run(tmp_path / "whole", start, **values)
-    crash_step = random.Random(reference).randrange(3, NUM_STEPS)
-
-    def crash(state: TrainState[ConsistencyBatch]) -> None:
-        torch.rand(3)
-        if state.step == crash_step:
-            raise MemoryError("as if the machine had none left")
-
+    crash = crashing_at(random.Random(reference).randrange(3, NUM_STEPS))
     with pytest.raises(MemoryError):
         run(tmp_path / "run", start, on_step=crash, **values)
     assert run(tmp_path / "run", start, run__resume=True, **values).finished
-    before, after = (final_tensors(tmp_path / name) for name in ("whole", "run"))
-    assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
-    kept = [timeless(lines(tmp_path / name)) for name in ("whole", "run")]
+    assert differing(tmp_path / "whole", tmp_path / "run", NUM_STEPS) == []
+    kept = [timeless(logged(tmp_path / name)) for name in ("whole", "run")]
     assert kept[0] == kept[1]
 
 
@@ -235,7 +217,7 @@ def test_adapters_need_a_projector_to_adapt(start: Path, tmp_path: Path) -> None
         run(tmp_path / "plain", start, **values)
     whole = run(tmp_path / "whole", start)
     result = run(tmp_path / "run", Path(str(whole.model_path)), **values)
-    seen = lines(tmp_path / "run")
+    seen = logged(tmp_path / "run")
     assert seen[0]["kl_full"] < 1e-5
     assert mean(seen[-2:], "loss") != pytest.approx(mean(seen[:2], "loss"), rel=1e-3)
     assert result.adapter_path is not None

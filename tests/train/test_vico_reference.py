@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from tests.train.small_pairs import mpo_config
+from tests.train.small_passes import FailsOnce, Streamed
 from tests.train.small_run import QUIET
 from tests.train.small_vico import Stripes, stripes, vico_config
 
@@ -122,22 +123,14 @@ def test_an_interrupted_pass_goes_on_with_what_is_missing(
     whole = Pass(vico_config(tmp_path / "whole", start))
     whole()
     cut = Pass(vico_config(tmp_path / "cut", start))
-    compute, computed = module.asked, 0
-
-    def failing(*args: Any) -> Any:
-        nonlocal computed
-        computed += 1
-        if computed == 2:  # one row of six a part
-            raise MemoryError
-        return compute(*args)
-
-    monkeypatch.setattr(module, "asked", failing)
+    computed = FailsOnce(module.asked, at=2)  # one row of six a part
+    monkeypatch.setattr(module, "asked", computed)
     with pytest.raises(MemoryError):
         cut()
     cut()
-    assert computed == 2 + 2
+    assert computed.calls == 2 + 2
     cut()
-    assert computed == 4  # nothing is computed twice
+    assert computed.calls == 4  # nothing is computed twice
     for name in ("part-000000", "part-000001", "part-000002"):
         one, other = (
             safetensors.torch.load_file(tmp_path / run / "reference" / f"{name}.safetensors")
@@ -187,18 +180,6 @@ def test_samples_that_changed_after_the_pass_stop_the_run(start: Path, tmp_path:
 
 
 def test_a_stream_has_no_end_to_reach(start: Path, tmp_path: Path) -> None:
-    class Streamed:
-        name, num_lanes = "river", 1
-
-        def open(self, key: int) -> Any:
-            raise AssertionError(key)
-
-        def head(self, count: int) -> Any:
-            raise AssertionError(count)
-
-        def identity(self) -> list[int]:
-            return [1]
-
     with pytest.raises(ConfigError, match=r"'river' is streamed.*vico\.reference copy"):
         Pass(vico_config(tmp_path, start))([WeightedSource(source=Streamed(), weight=1.0)])
 

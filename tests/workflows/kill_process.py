@@ -5,13 +5,12 @@ A program of its own because it forks, which a process with threads must not.
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tests.killing import killed
+from tests.killing import attempts, killed
 from tests.workflows.some_problems import SAMPLING, Sights, opened
 
 from cascadevl.data.rollouts import open_store
@@ -66,17 +65,13 @@ def main() -> None:
         assert not report.failures
         tell(report.num_solutions)
 
-    parts, chance = folder / "parts", random.Random(1)
-    before = num_killed = 0
-    for _ in range(KILLS):
-        _, ended = killed(lambda tell: judge(parts, tell), chance.uniform(0.0, 0.5))
+    parts, before = folder / "parts", 0
+    for finished, ended in attempts(lambda tell: judge(parts, tell), KILLS, 0.5, least=3, seed=1):
         now = lines(parts / QUESTIONS)
         assert now >= before, "what was there is there"
-        before, num_killed = now, num_killed + (not ended)
-    assert num_killed >= 3, "too few attempts were killed"
-    finished, ended = killed(lambda tell: judge(parts, tell), 300.0)
-    assert ended
-    assert finished == {2 * NUMBER}
+        before = now
+        if ended:
+            assert finished == {2 * NUMBER}
     assert killed(lambda tell: judge(folder / "whole", tell), 300.0)[1]
     for name in (PROCESS, QUESTIONS):
         one, other = (

@@ -5,13 +5,12 @@ A program of its own because it forks, which a process with threads must not.
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tests.killing import killed
+from tests.killing import attempts, killed
 from tests.workflows.some_problems import SAMPLING, Sights, opened
 
 from cascadevl.data.rollouts import ROLLOUTS, StoredRollouts
@@ -30,17 +29,13 @@ def main() -> None:
         report = sample_rollouts(Sights(NUMBER), config, processor, backend)
         tell(report.num_answered)
 
-    parts, chance = folder / "parts", random.Random(1)
-    before = num_killed = 0
-    for _ in range(KILLS):
-        _, ended = killed(lambda tell: sample(parts, tell), chance.uniform(0.0, 0.5))
+    parts, before = folder / "parts", 0
+    for finished, ended in attempts(lambda tell: sample(parts, tell), KILLS, 0.5, least=3, seed=1):
+        if ended:
+            assert finished == {NUMBER - before}, "nothing is sampled twice"
         now = len(StoredRollouts(parts)) if (parts / "journal.jsonl").exists() else 0
         assert now >= before, "what was there is there"
-        before, num_killed = now, num_killed + (not ended)
-    assert num_killed >= 3, "too few attempts were killed"
-    finished, ended = killed(lambda tell: sample(parts, tell), 300.0)
-    assert ended
-    assert finished == {NUMBER - before}, "nothing is sampled twice"
+        before = now
     assert killed(lambda tell: sample(folder / "whole", tell), 300.0)[1]
     one, other = (
         sorted((folder / name / ROLLOUTS).read_bytes().splitlines()) for name in ("whole", "parts")
