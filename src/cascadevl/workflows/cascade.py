@@ -196,8 +196,8 @@ def _examined(exam: ExamSection, model: str, folder: Path, console: Console) -> 
     if path.is_file():
         kept = json.loads(path.read_text("utf-8"))
         if kept["settings"] == settings:
-            rows = [ExamRow(**row) for row in kept["rows"]]
-            return Examined(rows=rows, visual_share=kept.get("visual_share", 1.0))
+            seen = [ExamRow(**row) for row in kept["rows"]]
+            return Examined(rows=seen, visual_share=kept.get("visual_share", 1.0))
     responder = _Counting(*load(model), max_new_tokens=exam.answer_tokens)
     rows: list[ExamRow] = []
     with console.status(f"asking {exam.questions} questions of each of {len(exam.tasks)} kinds"):
