@@ -211,7 +211,7 @@ def _most_probable(scores: Float[Tensor, "rows width"]) -> Int64[Tensor, " rows"
     """The first of the largest in each row."""
     if scores.device.type != "cpu":
         return scores.argmax(-1)
-    # torch's own goes number by number on a CPU: ten times slower for a vocabulary in bfloat16.
+    # torch's own goes number by number on a CPU, above all in bfloat16.
     return torch.from_numpy(scores.float().numpy(force=True).argmax(-1))
 
 

@@ -49,7 +49,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -
     """
     tiles, heads, tokens, dim = query.shape
     out = query.new_empty(tiles, tokens, heads, dim)
-    # Heads side by side in memory are multiplied a fifth slower than heads one behind the other.
+    # Heads side by side in memory are multiplied slower than heads one behind the other.
     query, key = (query * scaling).contiguous(), key.contiguous()
     for part in _parts(query):
         probabilities = torch.softmax(torch.bmm(query[part], key[part].mT), -1)
