@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cascadevl.engine.int8_linear import Int8Linear
 from cascadevl.engine.joined_linear import PartOfJoined
-from cascadevl.engine.packed_weights import PackedLinear, PackedModel, can_pack, pack
+from cascadevl.engine.packed_weights import PackedLinear, PackedModel, can_pack, held, pack
 from cascadevl.errors import CheckpointError, ConfigError
 from cascadevl.model.adapters import merged_tensors
 from cascadevl.model.loading import load
@@ -256,6 +256,16 @@ def test_a_packed_vision_half_sees_the_same_and_takes_new_weights(precision: Pre
     names = [name for name in packed.layers if name.startswith("model.vision_tower.")]
     assert len(names) == 6 * model.config.vision_config.num_hidden_layers
     assert all(type(packed.layers[name]) in (PackedLinear, PartOfJoined) for name in names)
+
+
+def test_a_model_is_held_as_stored_or_packed_in_place():
+    model = body_model("qwen2")
+    assert held(model, "stored") is model
+    assert type(model.lm_head) is nn.Linear
+    packed = held(model, "packed")
+    assert isinstance(packed, PackedModel)
+    assert packed.model is model
+    assert type(model.lm_head) is PackedLinear
 
 
 @pytest.mark.parametrize("precision", ["packed", "int8"])

@@ -96,16 +96,14 @@ def open_backend(args: argparse.Namespace) -> tuple[Backend, CascadeVLProcessor]
             f"a vLLM server as http://localhost:8000/v1"
         )
     from cascadevl.engine.http_json import HttpServer
+    from cascadevl.engine.packed_weights import held
     from cascadevl.engine.vllm import connect
     from cascadevl.model.vision_half import load_vision_half
 
     key = os.environ.get(args.api_key_env)
     server = HttpServer(url=args.backend, api_key=key, timeout_s=args.timeout)
     half, processor = load_vision_half(args.model, device=device)
-    if args.weights != "stored":
-        from cascadevl.engine.packed_weights import pack
-
-        pack(half, args.weights, release=True)
+    held(half, args.weights)  # in the model itself
     served, most = args.served_model, args.concurrency
     return connect(half, processor, server, served_model=served, concurrency=most), processor
 
@@ -122,15 +120,11 @@ def _own_backend(
         return TransformersBackend(model=model, processor=processor), processor
     from cascadevl.engine.engine import Engine
     from cascadevl.engine.engine_backend import EngineBackend
+    from cascadevl.engine.packed_weights import held
     from cascadevl.engine.requests import EngineConfig
 
     config = EngineConfig(cache_bytes=args.cache_bytes, batch_invariant=args.batch_invariant)
-    if args.weights == "stored":
-        return EngineBackend(engine=Engine(model, processor, config)), processor
-    from cascadevl.engine.packed_weights import pack
-
-    packed = pack(model, args.weights, release=True)
-    return EngineBackend(engine=Engine(packed, processor, config)), processor
+    return EngineBackend(engine=Engine(held(model, args.weights), processor, config)), processor
 
 
 def engine_of(backend: Backend) -> Engine | None:

@@ -32,6 +32,9 @@ Precision: TypeAlias = Literal["packed", "int8"]
 """``packed``: the weights' own type (bfloat16 or float32), in oneDNN's order. ``int8``: 8 bits a
 weight with a scale for every output channel, activations bfloat16."""
 
+Weights: TypeAlias = Literal["stored", Precision]
+"""How a model is held for inference: as it was stored, or packed."""
+
 _HEAD = HEAD.removesuffix(".weight")
 _LANGUAGE = "model.language_model."
 _VISION = ("model.vision_tower.", "model.multi_modal_projector.", "model.compressed_projector.")
@@ -183,6 +186,22 @@ class PackedModel:
 def can_pack(model: CascadeVLForConditionalGeneration) -> bool:
     """Whether oneDNN of this torch packs and multiplies the model's type on this machine."""
     return _obstacle(model) is None
+
+
+def held(
+    model: CascadeVLForConditionalGeneration, weights: Weights
+) -> CascadeVLForConditionalGeneration | PackedModel:
+    """A model, or half of one, that is only to answer: packed in place of itself, if so wished.
+
+    Args:
+        model: The model; it cannot be trained or saved any more once it is packed.
+        weights: How it is to be held.
+
+    Raises:
+        ConfigError: As `pack`, and so is the next.
+        CheckpointError: If ``int8`` meets a weight that is not finite.
+    """
+    return model if weights == "stored" else pack(model, weights, release=True)
 
 
 @torch.inference_mode(False)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import torch
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.http_json import HttpServer
-from cascadevl.engine.packed_weights import PackedModel, pack
+from cascadevl.engine.packed_weights import Weights, held
 from cascadevl.engine.requests import EngineConfig
 from cascadevl.engine.vllm import connect
 from cascadevl.model.language_half import load_language_half
@@ -25,9 +24,6 @@ from cascadevl.serving.member import Member, fingerprint
 from cascadevl.serving.vision_server import VisionConfig, VisionServer
 from cascadevl.serving.vllm_answers import VllmAnswers
 from cascadevl.serving.wire import Role
-
-Weights: TypeAlias = Literal["stored", "packed", "int8"]
-"""How weights are held for inference; of the vision half ``int8`` is ``packed``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +96,7 @@ def make_engine(
     config = EngineConfig(
         cache_bytes=settings.cache_bytes, batch_invariant=settings.batch_invariant
     )
-    return Engine(_held(model, settings.weights), processor, config)
-
-
-def _held(
-    model: CascadeVLForConditionalGeneration, weights: Weights
-) -> CascadeVLForConditionalGeneration | PackedModel:
-    return model if weights == "stored" else pack(model, weights, release=True)
+    return Engine(held(model, settings.weights), processor, config)
 
 
 def make_member(settings: MemberSettings) -> Member:
@@ -125,7 +115,7 @@ def make_member(settings: MemberSettings) -> Member:
     if settings.role == "language":
         return _language_server(settings, weights)
     model, _ = load_vision_half(settings.model, device=settings.device, embedding=False)
-    _held(model, settings.engine.weights)  # in the model itself
+    held(model, settings.engine.weights)  # in the model itself
     config = VisionConfig(batch_invariant=settings.engine.batch_invariant)
     return VisionServer(model, settings.front, weights=weights, config=config)
 
