@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from best_of_n_tasks import Chains, truth_of
+from best_of_n_tasks import truth_of
 from experiment import finished, quiet
 
 from cascadevl.config import load_config
@@ -22,6 +22,7 @@ from cascadevl.engine.sampling import SamplingParams
 from cascadevl.model.loading import load
 from cascadevl.scoring.steps import StepRules, macro_f1, steps_of
 from cascadevl.tasks.base import Split
+from cascadevl.tasks.chains import Chains
 from cascadevl.tasks.problems import Problem, TaskProblems
 from cascadevl.train.prm import PRMConfig, prm
 from cascadevl.train.sft import sft
@@ -51,8 +52,7 @@ class Size:
     """How much is done; the defaults are those of the experiment.
 
     Attributes:
-        largest: Largest number of a question in text.
-        num_terms: Fewest and most numbers of one.
+        difficulty: Of the chains.
         sft_scenes: Scenes of fine-tuning.
         sft_steps: Steps of it.
         judged_scenes: Scenes whose solutions are judged, four of each.
@@ -68,8 +68,7 @@ class Size:
         max_tokens: Of an answer.
     """
 
-    largest: int = 99
-    num_terms: tuple[int, int] = (3, 5)
+    difficulty: str = "full"
     sft_scenes: int = 9000
     sft_steps: int = 250
     judged_scenes: int = 600
@@ -86,7 +85,7 @@ class Size:
 
 
 TINY = Size(
-    num_terms=(3, 3),
+    difficulty="easy",
     sft_scenes=12,
     sft_steps=3,
     judged_scenes=6,
@@ -102,7 +101,7 @@ TINY = Size(
 
 def questions(size: Size, num_scenes: int, seed: int, split: Split = "train") -> TaskProblems:
     """Calculations with their worked solutions, a scene a group."""
-    task = Chains(largest=size.largest, num_terms=size.num_terms)
+    task = Chains(difficulty=size.difficulty)
     return TaskProblems(tasks=[task], num_scenes=num_scenes, seed=seed, split=split)
 
 

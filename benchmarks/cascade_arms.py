@@ -3,7 +3,8 @@
 From one fine-tuned model: MPO alone, GSPO alone, GSPO for twice as long, and MPO followed by GSPO
 (the cascade). All learn from the same questions; the answers that the fine-tuned model gave to them
 are sampled once a seed, make MPO's pairs and choose GSPO's questions, and count for every arm that
-uses them. Held-out questions are asked after every stage. Operations are counted by formula
+uses them. A cascade whose stages name ``sft`` fine-tunes once a seed, which counts for no arm.
+Held-out questions are asked after every stage. Operations are counted by formula
 (`cascadevl.workflows.cascade_stages.Done`), time as it passed.
 
 Scores do not depend on the machine. What is done is not done again.
@@ -31,7 +32,6 @@ from cascadevl.host_memory import keep_freed_memory
 from cascadevl.workflows.cascade import COURSE, cascade
 from cascadevl.workflows.cascade_config import CascadeConfig, StageName
 
-SAMPLED: tuple[StageName, ...] = ("rollouts",)
 ARMS: dict[str, tuple[StageName, ...]] = {
     "MPO": ("rollouts", "pairs", "mpo"),
     "GSPO": ("rollouts", "filter", "gspo"),
@@ -56,7 +56,8 @@ def main() -> None:
     base = load_config(CascadeConfig, files=[args.config], overrides=args.overrides)
     results = []
     for seed in args.seeds:
-        sampled = seeded(base, seed, SAMPLED, args.out / f"{seed}" / "sampled")
+        shared = (*tuned(base), "rollouts")
+        sampled = seeded(base, seed, shared, args.out / f"{seed}" / "sampled")
         kept(args.out / f"sampled-{seed}.json", lambda sampled=sampled: run(sampled))
         for arm in ARMS:
             config = arm_config(base, arm, seed, args.out)
@@ -71,15 +72,21 @@ def main() -> None:
     print(json.dumps(summary))
 
 
+def tuned(base: CascadeConfig) -> tuple[StageName, ...]:
+    """Stages in front of what is compared."""
+    return tuple(stage for stage in base.stages if stage == "sft")
+
+
 def seeded(
     base: CascadeConfig, seed: int, stages: tuple[StageName, ...], out: Path
 ) -> CascadeConfig:
     """The cascade with some of its stages, everything drawn by this seed."""
-    mpo, gspo = base.mpo, base.gspo
+    sft, mpo, gspo = base.sft, base.mpo, base.gspo
     return replace(
         base,
         stages=stages,
         out=out,
+        sft=replace(sft, run=replace(sft.run, seed=seed)),
         rollouts=replace(base.rollouts, seed=seed),
         pairs=replace(base.pairs, seed=seed),
         mpo=replace(mpo, run=replace(mpo.run, seed=seed)),
@@ -90,7 +97,8 @@ def seeded(
 
 def arm_config(base: CascadeConfig, arm: str, seed: int, out: Path) -> CascadeConfig:
     """The cascade of one arm."""
-    config = seeded(base, seed, ARMS[arm], out / f"{seed}" / f"{list(ARMS).index(arm)}")
+    stages = (*tuned(base), *ARMS[arm])
+    config = seeded(base, seed, stages, out / f"{seed}" / f"{list(ARMS).index(arm)}")
     if arm != TWICE:
         return config
     run = config.gspo.run
@@ -116,7 +124,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     found: dict[str, list[list[Mapping[str, Any]]]] = {}
     for result in results:
-        lines = result["lines"]
+        lines = compared(result["lines"])
         if result["arm"] == next(iter(ARMS)):
             found.setdefault(START, []).append(lines[:1])
         found.setdefault(result["arm"], []).append(lines)
@@ -136,6 +144,15 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "flops": [sum(line["flops"] for line in lines) for lines in runs],
         }
     return summary
+
+
+def compared(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Of an arm's stages, the model that all arms begin with and what is done to it."""
+    stages = [line["stage"] for line in lines]
+    if "sft" not in stages:
+        return lines
+    begin, *rest = lines[stages.index("sft") :]
+    return [{**begin, "seconds": 0.0, "flops": 0.0}, *rest]
 
 
 def _by_answering(

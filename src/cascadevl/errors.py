@@ -44,6 +44,10 @@ class ServerError(CascadeVLError, RuntimeError):
     """A request that failed through no fault of its own: a part of the server broke or is gone."""
 
 
+class UnavailableError(ServerError):
+    """Nobody can answer at the moment: the same request may be answered in a while."""
+
+
 class TrainingError(CascadeVLError, RuntimeError):
     """A run that must stop: a loss that is not finite, a resume that does not match the run."""
 

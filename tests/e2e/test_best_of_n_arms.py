@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,9 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from cascadevl.data.conversation import split_thinking
-from cascadevl.tasks.text import is_test_pair
 
 PROGRAMS = Path(__file__).parents[2] / "benchmarks"
 
@@ -36,40 +32,6 @@ def report() -> Iterator[ModuleType]:
         import best_of_n_report
 
         yield best_of_n_report
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_every_worked_solution_leads_to_its_answer(tasks: ModuleType, split: Any) -> None:
-    chains = tasks.Chains(largest=99, num_terms=(3, 5))
-    for index in range(60):
-        (question,) = chains.draw(split, 1, index).questions
-        thinking, answer = split_thinking(question.response("think"))
-        steps = thinking.split("\n\n")
-        read = steps.pop(0) if question.kind == "column" else None
-        start = total = int(steps[0].partition(" ")[0])
-        for step in steps:
-            left, sign, right, result = re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", step).groups()
-            assert int(left) == total
-            total += int(right) if sign == "+" else -int(right)
-            assert int(result) == total
-        assert answer == question.answer == str(total)
-        assert question.check(question.response("think"))
-        if read is not None:
-            numbers = [int(number) for number in read.split(", ")]
-            assert (numbers[0], sum(numbers), len(numbers)) == (start, total, 3)
-        else:
-            pair = [int(number) for number in re.findall(r"\d+", question.prompt)[:2]]
-            assert is_test_pair(*pair) == (split == "test")
-            assert 3 <= len(re.findall(r"\d+", question.prompt)) <= 5
-
-
-def test_the_kinds_take_turns_and_signs_occur(tasks: ModuleType) -> None:
-    chains = tasks.Chains(largest=99, num_terms=(3, 5))
-    questions = [chains.draw("train", 0, index).questions[0] for index in range(90)]
-    assert [each.kind for each in questions] == ["sum", "signs", "column"] * 30
-    assert any(" - " in each.prompt for each in questions if each.kind == "signs")
-    images = [bool(chains.draw("train", 0, index).images) for index in range(3)]
-    assert images == [False, False, True]
 
 
 SOLUTION = ["<think>\n47 + 28 = 75", "75 - 13 = 62\n</think>", "62"]

@@ -23,6 +23,7 @@ import numpy as np
 
 from cascadevl.tasks import (
     TASKS,
+    chains,
     charts,
     existence,
     handwriting,
@@ -43,6 +44,7 @@ PICTURE_PX = 112
 FIELDS = 4
 
 DIFFICULTIES = {
+    "chains": tuple(chains.LEVELS),
     "charts": tuple(charts.LEVELS),
     "existence": existence.NEGATIVES,
     "grounding": tuple(shapes.LEVELS),
@@ -61,7 +63,7 @@ def setups() -> dict[str, Task]:
         "needle": TASKS["needle"](num_pictures=(3, 3), num_questions=3, num_phrasings=2),
     }
     for family, difficulties in DIFFICULTIES.items():
-        wordings = {} if family in ("existence", "grounding") else {"num_phrasings": 2}
+        wordings = {} if family in ("chains", "existence", "grounding") else {"num_phrasings": 2}
         for difficulty in difficulties:
             tasks[f"{family}/{difficulty}"] = TASKS[family](
                 px=PICTURE_PX, difficulty=difficulty, num_questions=20, **wordings

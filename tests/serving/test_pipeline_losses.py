@@ -31,7 +31,8 @@ from tests.serving.small_dvd import (
 
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.requests import Completion
-from cascadevl.errors import ServerError
+from cascadevl.errors import UnavailableError
+from cascadevl.serving.http_errors import refusal_of
 from cascadevl.serving.pipeline import Pipeline
 from cascadevl.serving.vision_server import VisionConfig, VisionServer
 
@@ -64,8 +65,10 @@ def test_a_request_does_not_wait_for_ever(tmp_path: Path):
         async with decoupled(
             MODEL, PROCESSOR, tmp_path, num_vision=0, num_language=0, config=config
         ) as pipeline:
-            with pytest.raises(ServerError, match="no vision and no language server"):
+            with pytest.raises(UnavailableError, match="no vision and no language server") as gone:
                 await all_of(pipeline, requests(PROCESSOR)[0])
+            refusal = refusal_of(gone.value)
+            assert (refusal.status, refusal.headers) == (503, {"Retry-After": "5"})
 
     asyncio.run(ask())
 

@@ -25,6 +25,7 @@ from cascadevl.serving.best_of import draw_candidates
 from cascadevl.serving.engine_thread import Answers, Output
 from cascadevl.serving.http_errors import (
     CLIENT_GONE,
+    LATER,
     ClientGone,
     Refusal,
     refusal_of,
@@ -93,8 +94,7 @@ class Api:
     def unready(self) -> Refusal | None:
         """Why no request is taken, or None where they are."""
         if self.is_draining:
-            later = {"Retry-After": "5"}
-            return Refusal(503, "the server is about to stop", code="draining", headers=later)
+            return Refusal(503, "the server is about to stop", code="draining", headers=LATER)
         if (failure := self.answers.failure) is not None:
             return Refusal(503, failure, code="broken")
         return None

@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.requests import Completion, EngineStats, Request, TokenOutput
-from cascadevl.errors import CascadeVLError, LogitsError, ServerError
+from cascadevl.errors import CascadeVLError, LogitsError, ServerError, UnavailableError
 
 Output: TypeAlias = TokenOutput | Completion
 """A token of a streamed answer, or an answer that has ended."""
@@ -154,7 +154,7 @@ class EngineThread:
         self._wake.set()
         self._thread.join()
         self._adding.shutdown(wait=True)
-        self._fail(ServerError("the server is shutting down; ask again later"))
+        self._fail(shutting_down())
 
     def _enter(self, request: Request, waiter: _Waiter) -> None:
         """Give the engine a request; its waiter may be gone by the time the engine has it."""
@@ -237,6 +237,11 @@ class EngineThread:
             assert waiter.number is not None
             self.engine.cancel(waiter.number)
         _hand([(waiter, error) for waiter in open_waiters])
+
+
+def shutting_down() -> UnavailableError:
+    """The error of what is open when answering ends."""
+    return UnavailableError("the server is shutting down; ask again later")
 
 
 def _given_up() -> ServerError:

@@ -10,12 +10,21 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from cascadevl.errors import CascadeVLError, DataError, LogitsError, ServerError
+from cascadevl.errors import (
+    CascadeVLError,
+    DataError,
+    LogitsError,
+    ServerError,
+    UnavailableError,
+)
 from cascadevl.serving.openai_replies import ErrorDetail, ErrorReply, sent
 from cascadevl.serving.openai_schema import REMEDIES, fields_of
 
 CLIENT_GONE = 499
 """Stands in the numbers for a client that went away."""
+
+LATER = {"Retry-After": "5"}
+"""Of an answer that may be another in some seconds."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,6 +93,8 @@ def refusal_of(error: CascadeVLError) -> Refusal:
     """
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, UnavailableError):
+        return Refusal(503, str(error), code="unavailable", headers=LATER)
     if isinstance(error, ServerError | LogitsError):
         return Refusal(500, str(error), code="answer_lost")
     code = error.kind if isinstance(error, DataError) else "invalid_value"

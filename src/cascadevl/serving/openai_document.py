@@ -26,7 +26,7 @@ _ERRORS = {
     415: "The body is not JSON",
     429: "Too many requests in hand; ask again later",
     500: "The answer was lost",
-    503: "The server is about to stop, or broken",
+    503: "The server is about to stop, lacks a part at the moment, or is broken",
 }
 
 

@@ -21,9 +21,9 @@ import zmq
 
 from cascadevl.engine.prompts import prepare
 from cascadevl.engine.requests import Completion, EngineStats, Request
-from cascadevl.errors import CascadeVLError, RequestError, ServerError
+from cascadevl.errors import CascadeVLError, RequestError, ServerError, UnavailableError
 from cascadevl.model.configuration import CascadeVLConfig
-from cascadevl.serving.engine_thread import Output
+from cascadevl.serving.engine_thread import Output, shutting_down
 from cascadevl.serving.fleet import Fleet, Server
 from cascadevl.serving.journey import Journey, asked_of_router, contents_of
 from cascadevl.serving.wire import (
@@ -113,7 +113,7 @@ class Pipeline:
         """End what is open with an error, and let nobody join any more."""
         self._failure = "the front was stopped"
         for journey in self._open.values():
-            journey.outputs.put_nowait(ServerError("the server is shutting down; ask again later"))
+            journey.outputs.put_nowait(shutting_down())
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -319,7 +319,7 @@ class Pipeline:
             for journey in self._open.values():
                 if journey.waits and journey.since < latest:
                     journey.outputs.put_nowait(
-                        ServerError(
+                        UnavailableError(
                             f"{self._fleet.missing or 'no server answers'}; ask again later"
                         )
                     )

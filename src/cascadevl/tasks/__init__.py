@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cascadevl.tasks.base import Task
+from cascadevl.tasks.chains import Chains
 from cascadevl.tasks.charts import Charts
 from cascadevl.tasks.easy_vqa import EasyVQA
 from cascadevl.tasks.existence import Existence
@@ -17,6 +18,7 @@ from cascadevl.tasks.shapes import Shapes
 from cascadevl.tasks.text import Text
 
 TASKS: dict[str, Callable[..., Task]] = {
+    "chains": Chains,
     "charts": Charts,
     "easy_vqa": EasyVQA,
     "existence": Existence,
