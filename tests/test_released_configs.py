@@ -253,6 +253,7 @@ def test_process_reward_model_as_visualprm():
         "optim.warmup_ratio": 0.05,
         "prm.form": "vocabulary",
         "prm.minus_weight": 1.0,
+        "prm.before": "labels",
     }
     config = opened("prm", "8b")
     assert differing(config, {**EVERY_STAGE, **own}) == {}

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -16,9 +17,15 @@ from tests.train.small_run import QUIET, small_config
 import cascadevl
 from cascadevl.data.collate import collate
 from cascadevl.data.mixture import WeightedSource
-from cascadevl.data.process_records import JudgedSolution, StepBuilder, conversation_of
+from cascadevl.data.process_records import (
+    JudgedSolution,
+    StepBuilder,
+    conversation_of,
+    read_judged,
+)
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.tokenizer import build_tokenizer
+from cascadevl.engine.process_reward import ProcessRewardModel
 from cascadevl.errors import ConfigError, DataError
 from cascadevl.losses.process_reward import LabelTokens, plus_probability
 from cascadevl.model.loading import save
@@ -158,6 +165,39 @@ def test_the_loss_is_that_of_the_loops(form: str, start: Path, tmp_path: Path) -
     assert terms.metrics["minus_share"].item() == pytest.approx(
         sum(3 * w for _, label, w in steps if not label) / objective.weigh(batch), rel=1e-5
     )
+
+
+def test_it_can_read_what_scores_read(start: Path) -> None:
+    """With "+" before every step the loss is that of the scores; with the labels it is another."""
+    model, processor = cascadevl.load(start, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight *= 20  # so that a label before a step matters
+    solution = Solutions(brief=False)[5]
+    judged = read_judged(solution)
+    assert judged.labels == (True, False, False)
+    batch = collate(
+        [[StepBuilder(processor.builder)(solution)]],
+        image_token_id=processor.image_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        tokens_per_tile=processor.tokens_per_tile,
+        averaging="token",
+    )
+    tokens = StepBuilder(processor.builder).tokens
+    (scored,) = ProcessRewardModel(model, processor)(
+        [judged.question], ["\n\n".join(judged.steps)]
+    )
+    chances = [
+        score if label else 1 - score
+        for score, label in zip(scored.step_scores, judged.labels, strict=True)
+    ]
+    losses = {}
+    for before in ("plus", "labels"):
+        section = PRMSection(form="two_tokens", before=before)  # type: ignore[arg-type]
+        objective = process_reward_objective(section, tokens)
+        with torch.no_grad():
+            losses[before] = objective.loss(model, batch, objective.weigh(batch)).loss.item()
+    assert losses["plus"] == pytest.approx(-np.log(chances).mean(), rel=1e-5)
+    assert losses["labels"] != pytest.approx(losses["plus"], rel=1e-3)
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(start: Path, tmp_path: Path) -> None:

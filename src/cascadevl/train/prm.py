@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -62,11 +63,14 @@ class PRMSection:
         prompt: What stands around question and steps: the page that is ``released``, or a ``short``
             line, for models to which a page says nothing. It is written into the checkpoint, and
             scores are taken with it.
+        before: What stands as the answer to earlier steps: their ``labels``, or ``plus`` for all,
+            as it does when scores are taken (docs/decisions/0050).
     """
 
     form: LossForm = "vocabulary"  # VisualPRM, trained as in SFT
     minus_weight: float = 1.0  # VisualPRM
     prompt: ProcessPrompt = "released"  # VisualPRM
+    before: Literal["labels", "plus"] = "labels"  # VisualPRM, trained as in SFT
 
     def __post_init__(self) -> None:
         """Refuse a weight with which wrong steps would not be learned."""
@@ -210,7 +214,8 @@ def process_reward_objective(section: PRMSection, tokens: LabelTokens) -> Object
         def head(logits: Float[Tensor, "chunk vocab"], where: slice) -> Float[Tensor, " chunk"]:
             return label_nll(logits, is_plus[where], tokens=tokens, form=section.form)
 
-        nll = model(batch=batch, head_fn=head)
+        read = as_scored(batch, tokens) if section.before == "plus" else batch
+        nll = model(batch=read, head_fn=head)
         terms = process_reward_loss(nll, is_plus, weights, weight_sum)
         return Terms(
             terms.loss,
@@ -222,3 +227,17 @@ def process_reward_objective(section: PRMSection, tokens: LabelTokens) -> Object
         )
 
     return Objective(weigh=weigh, loss=loss)
+
+
+def as_scored(batch: Batch, tokens: LabelTokens) -> Batch:
+    """The batch as it is read when scores are taken: every label is "+", targets stay.
+
+    Args:
+        batch: Judged solutions; the token behind a hidden state that predicts is the label.
+        tokens: "+" and "-".
+    """
+    ids = batch.input_ids.clone()
+    labels = batch.target_index + 1
+    assert torch.equal(ids.view(-1)[labels], batch.target_ids), "a label follows what predicts it"
+    ids.view(-1)[labels] = tokens.plus
+    return replace(batch, input_ids=ids)
