@@ -1,10 +1,10 @@
-"""Do steps choose better than votes? Best of N on worked calculations that micro learns to write.
+"""Do steps choose better than votes? Best of N where finding is hard and checking is not.
 
 The InternVL3 report's table 2 and VisualPRM's comparison (arXiv 2503.10291), small. For each seed:
 
-1. ``sft``: micro is fine-tuned on running totals (`best_of_n_tasks`; a third of them over a picture
-   of handwritten numbers), at once or with worked steps inside ``<think>``, as the system prompt
-   says.
+1. ``sft``: micro is fine-tuned to find numbers by their sum (`cascadevl.tasks.subset_sum`; a third
+   of the lists are handwritten), at once or with worked steps inside ``<think>``, as the system
+   prompt says.
 2. ``solutions``: four solutions of each of other training questions are drawn, and their steps
    judged by sixteen continuations (`data process`).
 3. ``PRM``, ``ORM``: two judges are trained from the policy (`train prm`) on the same solutions for
@@ -14,31 +14,24 @@ The InternVL3 report's table 2 and VisualPRM's comparison (arXiv 2503.10291), sm
    whose tokens the policy itself finds most probable; ``ORM``; ``PRM`` by the mean over steps,
    which is the claim, and by its lowest and its last step; votes weighted by PRM; and ``oracle``,
    whether any is right. Beside them stand ``base`` and ``thinking``, greedy, and ``pass@1``.
-5. ``planted``: worked solutions with one wrong total in a known step, from which on all is wrong;
+5. ``planted``: worked solutions with one wrong number in a known step, from which on all is wrong;
    macro-F1 of the steps, the threshold chosen on other solutions.
 
-Why so. A vote cannot find an answer that is drawn once, nor leave one that most agree on; so right
-answers must be rare, wrong ones alike, and both easier to judge than to write. Micro reads nearly
-all handwriting and does column sums almost without a fault (docs/experiments.md), and a judge that
-sees no better than its policy cannot mend what both misread in a chart; so the questions are sums
-written in one go, whose first digits are written before their carries are known. At temperature
-0.7, VisualPRM's in its examination, few answers differ and a vote has little to lose; at 1,
-VisualPRM's when it draws solutions, right ones are rarer. Both are reported. In a trial the
-policy was right in two answers of five, and votes in little more than half of the questions, though
-to nearly all of them one of 32 answers was right: there is something to choose.
-
-What the labels need: slips of a carry cancel each other now and then, so that with threshold 0 one
-lucky continuation of sixteen makes a wrong beginning right; here more than two have to be right.
-How well labels agree with the truth is reported at every threshold. The outcome judge is trained on
-whole solutions: a process judge asked about a whole solution would be asked what it never saw.
+Why so. A judge cannot mend what it sees no better than its policy; so the questions must be easier
+to check than to answer. Whoever writes the first of the numbers must know the others already, and
+whoever reads the sum only compares it. Running totals (`cascadevl.tasks.chains`) were tried first:
+micro learns to write them, but its judges did not learn to check them, and chose worse than chance
+(docs/experiments.md). At temperature 0.7, VisualPRM's in its examination, fewer answers differ; at
+1, VisualPRM's when it draws solutions, right ones are rarer. Both are reported. The outcome judge
+is trained on whole solutions: a process judge asked about a whole solution would be asked what it
+never saw. How well labels agree with the truth is reported at every threshold.
 
 PRM counts as better where intervals stand apart; since all choose among the same answers, the
 paired difference is reported beside it. What is done is not done again: stages, and questions
-within them, go on after a kill. What the policy learns was tried on a seed that is not reported;
-the judges were not.
+within them, go on after a kill. Policy and judges were tried on a seed that is not reported.
 
-Cost, an estimate: 20 minutes of one core a seed (3 fine-tuning, 6 solutions, 6 judges, 5 the
-examination); the program prints what it took. ``--tiny`` proves in a minute that it works.
+Cost, an estimate: half an hour of one core a seed; the program prints what it took. ``--tiny``
+proves in a minute that it works.
 Run: ``python benchmarks/best_of_n_arms.py --threads 1 --out runs/best_of_n``. The last line is one
 JSON document.
 """

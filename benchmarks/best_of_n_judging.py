@@ -141,7 +141,7 @@ def planted(judge: Path, size: Size, seed: int) -> dict[str, dict[str, list[Any]
         truth: list[bool] = []
         for problem in each_of(questions(size, size.planted_scenes, first, "test")):
             clean = steps_of(problem.solutions[0], RULES)
-            wrong, labels = plant(clean, rng)
+            wrong, labels = plant(problem.prompt.text, clean, rng)
             texts = [RULES.join(steps) for steps in (clean, wrong)]
             for found in scorer([problem.prompt], texts):
                 scores += found.step_scores

@@ -22,8 +22,8 @@ from cascadevl.engine.sampling import SamplingParams
 from cascadevl.model.loading import load
 from cascadevl.scoring.steps import StepRules, macro_f1, steps_of
 from cascadevl.tasks.base import Split
-from cascadevl.tasks.chains import Chains
 from cascadevl.tasks.problems import Problem, TaskProblems
+from cascadevl.tasks.subset_sum import SubsetSum
 from cascadevl.train.prm import PRMConfig, prm
 from cascadevl.train.sft import sft
 from cascadevl.workflows import boxes
@@ -52,7 +52,7 @@ class Size:
     """How much is done; the defaults are those of the experiment.
 
     Attributes:
-        difficulty: Of the chains.
+        difficulty: Of the questions.
         sft_scenes: Scenes of fine-tuning.
         sft_steps: Steps of it.
         judged_scenes: Scenes whose solutions are judged, four of each.
@@ -60,7 +60,6 @@ class Size:
         threshold: A step is right if a larger share of its continuations is.
         judge_steps: Steps of training each judge.
         judge_row: Solutions of such a step.
-        judge_lr: Peak rate of it.
         exam_scenes: Held-out scenes, a question each.
         planted_scenes: Scenes of planted errors, to choose the threshold and again to be measured.
         num_samples: Answers drawn to a held-out question.
@@ -71,12 +70,11 @@ class Size:
     difficulty: str = "full"
     sft_scenes: int = 9000
     sft_steps: int = 250
-    judged_scenes: int = 600
+    judged_scenes: int = 1200
     continuations: int = 16  # VisualPRM
-    threshold: float = 1 / 8
+    threshold: float = 0.0  # VisualPRM
     judge_steps: int = 480
     judge_row: int = 16
-    judge_lr: float = 3e-4
     exam_scenes: int = 200
     planted_scenes: int = 100
     num_samples: int = 32
@@ -100,8 +98,8 @@ TINY = Size(
 
 
 def questions(size: Size, num_scenes: int, seed: int, split: Split = "train") -> TaskProblems:
-    """Calculations with their worked solutions, a scene a group."""
-    task = Chains(difficulty=size.difficulty)
+    """Questions with their worked solutions, a scene a group."""
+    task = SubsetSum(difficulty=size.difficulty)
     return TaskProblems(tasks=[task], num_scenes=num_scenes, seed=seed, split=split)
 
 
@@ -123,7 +121,7 @@ def opened(path: Path) -> tuple[EngineBackend, CascadeVLProcessor]:
 
 
 def fine_tuned(model: str, size: Size, out: Path, seed: int) -> Path:
-    """Micro, calculating at once or with worked steps as the system prompt says."""
+    """Micro, answering at once or with worked steps as the system prompt says."""
     if (done := out / "sft" / "model").exists():
         return done
     # A direct answer for four worked ones: what is compared are worked ones.
@@ -167,7 +165,7 @@ def solutions(policy: Path, size: Size, out: Path, seed: int) -> tuple[ProcessRe
         rules=RULES,
         threshold=size.threshold,
         sampling=sampling,
-        max_chance=1.0,  # no total is guessed more often than another
+        max_chance=1.0,  # of two numbers of four a guess finds one in six, which mc then shows
     )
     report = make_process_data(steps, processor, backend)
     # A whole solution is one step, whose end is known: nothing is continued.
@@ -188,7 +186,6 @@ def judge(policy: Path, meta: Path, size: Size, out: Path, seed: int) -> Path:
         model=replace(config.model, path=str(policy)),
         data=replace(config.data, meta=(meta,)),
         batch=replace(config.batch, row_samples=size.judge_row),
-        optim=replace(config.optim, lr=size.judge_lr),
         run=replace(config.run, num_steps=size.judge_steps, seed=seed, out=out, resume=True),
     )
     return finished(prm(config, console=quiet()))

@@ -1,8 +1,7 @@
-"""Which steps of a chain (`cascadevl.tasks.chains`) are right, and errors that are planted in them.
+"""Which steps of a search for numbers (`cascadevl.tasks.subset_sum`) are right, and planted errors.
 
-Whoever reads a finished step has all digits before them, so a step is easier to judge than to
-write, which is what a process reward needs; and slips of a carry are made alike in many answers,
-which is what a vote suffers from.
+An error is a number that does not belong to the sum: from the step in which it is taken, the way
+leads to no right answer, whatever is added later.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ERRORS = (-10, -2, -1, 1, 2, 10)
-"""By how much a planted total is wrong: a slip of one, or of a carry."""
+from cascadevl.tasks.chains import totals
 
-_TOTAL = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
+_TOTAL = re.compile(r"(\d+) \+ (\d+) = \d+")
+_LIST = re.compile(r"\d+(?:, \d+)+")
 
 
 def truth_of(steps: Sequence[str], reference: Sequence[str]) -> list[bool]:
     """Which steps are right so far: those up to which all is as in the worked solution.
 
-    There is one way to write a running total, so other words are other numbers.
+    Numbers are taken in the order of their list, so other words are other numbers.
 
     Args:
         steps: Of an answer.
@@ -30,41 +29,29 @@ def truth_of(steps: Sequence[str], reference: Sequence[str]) -> list[bool]:
     return [list(steps[: n + 1]) == list(reference[: n + 1]) for n in range(len(steps))]
 
 
-def plant(steps: Sequence[str], rng: np.random.Generator) -> tuple[list[str], list[bool]]:
-    """A worked solution with one wrong total, from which everything behind it is calculated.
+def plant(
+    prompt: str, steps: Sequence[str], rng: np.random.Generator
+) -> tuple[list[str], list[bool]]:
+    """A worked solution with one wrong number in it, and all totals calculated from it.
 
     Args:
+        prompt: The question, with what is to choose from unless the first step reads it.
         steps: The solution; its last step is the answer alone.
-        rng: Chooses the step, and by how much it is wrong.
+        rng: Chooses the number, and what stands in its place.
 
     Returns:
         The steps, and which of them are still right.
     """
-    places = [number for number, step in enumerate(steps) if _TOTAL.search(step)]
-    while True:
-        place, by = int(rng.choice(places)), int(rng.choice(ERRORS))
-        planted = with_error(steps, place, by)
-        if planted is not None:
-            return planted, [number < place for number in range(len(steps))]
-
-
-def with_error(steps: Sequence[str], place: int, by: int) -> list[str] | None:
-    """The steps with one total wrong by so much; None if one would fall below zero.
-
-    Args:
-        steps: A worked solution; its last step is the answer alone.
-        place: The step that is wrong.
-        by: How much too large its total is.
-    """
-    planted, total = list(steps[:place]), -1
-    for number, step in enumerate(steps[place:-1], start=place):
-        match = _TOTAL.search(step)
-        assert match is not None, "behind the first total there are totals only"
-        left, right = int(match[1]) if number == place else total, int(match[3])
-        total = left + right if match[2] == "+" else left - right
-        total += by if number == place else 0
-        if total < 0:
-            return None
-        written = f"{left} {match[2]} {right} = {total}"
-        planted.append(f"{step[: match.start()]}{written}{step[match.end() :]}")
-    return [*planted, str(total)]
+    found = [place for place, step in enumerate(steps) if _TOTAL.search(step)]
+    chosen = [int(number) for number in steps[-1].split(", ")]
+    place = int(rng.integers(len(chosen)))
+    listed = _LIST.search(f"{prompt}\n{steps[0]}")
+    assert listed is not None, "the numbers stand in the question, or are read first"
+    others = [number for number in map(int, listed[0].split(", ")) if number not in chosen]
+    chosen[place] = int(rng.choice(others))
+    planted = list(steps)
+    for where, total in zip(found, totals(chosen), strict=True):
+        planted[where] = _TOTAL.sub(total, steps[where])
+    planted[-1] = ", ".join(map(str, chosen))
+    first_wrong = found[max(place - 1, 0)]
+    return planted, [number < first_wrong for number in range(len(steps))]

@@ -34,32 +34,38 @@ def report() -> Iterator[ModuleType]:
         yield best_of_n_report
 
 
-SOLUTION = ["<think>\n47 + 28 = 75", "75 - 13 = 62\n</think>", "62"]
+PROMPT = "Which three of 4, 7, 2, 9, 5 have the sum 18?"
+TRUE = (4, 9, 5)
+SOLUTION = ["<think>\n4 + 9 = 13", "13 + 5 = 18\n</think>", "4, 9, 5"]
 
 
-@pytest.mark.parametrize(
-    ("place", "by", "expected"),
-    [
-        (0, 10, ["<think>\n47 + 28 = 85", "85 - 13 = 72\n</think>", "72"]),
-        (1, -1, ["<think>\n47 + 28 = 75", "75 - 13 = 61\n</think>", "61"]),
-        (1, -70, None),
-    ],
-)
-def test_what_follows_a_planted_error_is_calculated_from_it(
-    tasks: ModuleType, place: int, by: int, expected: list[str] | None
-) -> None:
-    assert tasks.with_error(SOLUTION, place, by) == expected
+def test_what_follows_a_planted_number_is_calculated_from_it(tasks: ModuleType) -> None:
+    seen = set()
+    for seed in range(60):
+        planted, labels = tasks.plant(PROMPT, SOLUTION, np.random.default_rng(seed))
+        numbers = [int(number) for number in planted[-1].split(", ")]
+        (place,) = (
+            n for n, (one, other) in enumerate(zip(numbers, TRUE, strict=True)) if one != other
+        )
+        assert numbers[place] in (7, 2)
+        first = numbers[0] + numbers[1]
+        assert planted == [
+            f"<think>\n{numbers[0]} + {numbers[1]} = {first}",
+            f"{first} + {numbers[2]} = {first + numbers[2]}\n</think>",
+            ", ".join(map(str, numbers)),
+        ]
+        assert labels == [place == 2, False, False] == tasks.truth_of(planted, SOLUTION)
+        seen.add(place)
+    assert seen == {0, 1, 2}
 
 
-def test_all_is_wrong_from_a_planted_error_on(tasks: ModuleType) -> None:
-    rng, solution = np.random.default_rng(0), ["<think>\n47, 28, 13", *SOLUTION]
-    solution[1] = solution[1].removeprefix("<think>\n")
-    places = set()
-    for _ in range(40):
-        planted, labels = tasks.plant(solution, rng)
-        assert labels == tasks.truth_of(planted, solution)
-        places.add(labels.index(False))
-    assert places == {1, 2}, "what is read holds no total"
+def test_numbers_of_a_picture_are_those_that_are_read(tasks: ModuleType) -> None:
+    solution = ["<think>\n11, 16, 4, 5", "16 + 5 = 21\n</think>", "16, 5"]
+    prompt = "\nWhich two of the numbers have the sum 21?"
+    planted, labels = tasks.plant(prompt, solution, np.random.default_rng(0))
+    assert planted[0] == solution[0]
+    assert labels == [True, False, False]
+    assert set(planted[-1].split(", ")) & {"11", "4"}
 
 
 def question(**columns: list[Any]) -> dict[str, Any]:

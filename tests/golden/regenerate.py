@@ -31,6 +31,7 @@ from cascadevl.tasks import (
     printed,
     shape_drawing,
     shapes,
+    subset_sum,
     tables,
     text,
     words,
@@ -52,8 +53,12 @@ DIFFICULTIES = {
     "letters": tuple(letters.LEVELS),
     "printed": tuple(printed.LEVELS),
     "shapes": tuple(shapes.LEVELS),
+    "subset_sum": tuple(subset_sum.LEVELS),
     "text": tuple(text.LEVELS),
 }
+
+
+ONE_WORDING = ("chains", "existence", "grounding", "subset_sum")
 
 
 def setups() -> dict[str, Task]:
@@ -63,7 +68,7 @@ def setups() -> dict[str, Task]:
         "needle": TASKS["needle"](num_pictures=(3, 3), num_questions=3, num_phrasings=2),
     }
     for family, difficulties in DIFFICULTIES.items():
-        wordings = {} if family in ("chains", "existence", "grounding") else {"num_phrasings": 2}
+        wordings = {} if family in ONE_WORDING else {"num_phrasings": 2}
         for difficulty in difficulties:
             tasks[f"{family}/{difficulty}"] = TASKS[family](
                 px=PICTURE_PX, difficulty=difficulty, num_questions=20, **wordings

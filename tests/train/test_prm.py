@@ -183,9 +183,7 @@ def test_it_can_read_what_scores_read(start: Path) -> None:
         averaging="token",
     )
     tokens = StepBuilder(processor.builder).tokens
-    (scored,) = ProcessRewardModel(model, processor)(
-        [judged.question], ["\n\n".join(judged.steps)]
-    )
+    (scored,) = ProcessRewardModel(model, processor)([judged.question], ["\n\n".join(judged.steps)])
     chances = [
         score if label else 1 - score
         for score, label in zip(scored.step_scores, judged.labels, strict=True)

@@ -15,6 +15,7 @@ from cascadevl.tasks.letters import Letters
 from cascadevl.tasks.needle import Needle
 from cascadevl.tasks.printed import Printed
 from cascadevl.tasks.shapes import Shapes
+from cascadevl.tasks.subset_sum import SubsetSum
 from cascadevl.tasks.text import Text
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -28,6 +29,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "needle": Needle,
     "printed": Printed,
     "shapes": Shapes,
+    "subset_sum": SubsetSum,
     "text": Text,
 }
 """Every family by its name; call one with ``px=``, ``num_questions=`` and its own settings."""
