@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 
 from cascadevl.data.conversation import thinking_answer
+from cascadevl.errors import ConfigError
 from cascadevl.scoring import answers
 from cascadevl.types import ImageRef, Message, Part, Record
 
@@ -112,6 +113,21 @@ class Task(Protocol):
     def draw(self, split: Split, seed: int, index: int) -> Scene:
         """The scene of that split, seed and index; always the same one."""
         ...
+
+
+def check_difficulty(name: str, difficulty: str, known: Collection[str]) -> None:
+    """Refuse a difficulty that a family does not have.
+
+    Args:
+        name: Of the family.
+        difficulty: What was asked for.
+        known: What there is.
+
+    Raises:
+        ConfigError: Naming those that there are.
+    """
+    if difficulty not in known:
+        raise ConfigError(f"{name} has no difficulty {difficulty!r}; choose from {sorted(known)}")
 
 
 def scene_generator(name: str, split: Split, seed: int, index: int) -> np.random.Generator:

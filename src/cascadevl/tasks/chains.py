@@ -14,9 +14,8 @@ from typing import ClassVar
 import numpy as np
 import PIL.Image
 
-from cascadevl.errors import ConfigError
 from cascadevl.tasks import handwriting
-from cascadevl.tasks.base import Question, Scene, Split, scene_generator
+from cascadevl.tasks.base import Question, Scene, Split, check_difficulty, scene_generator
 from cascadevl.tasks.handwriting import draw_number, load_scans, render_rows
 from cascadevl.tasks.text import draw_pair
 
@@ -69,10 +68,7 @@ class Chains:
 
     def __post_init__(self) -> None:
         """Refuse an unknown difficulty."""
-        if self.difficulty not in LEVELS:
-            raise ConfigError(
-                f"chains has no difficulty {self.difficulty!r}; choose from {sorted(LEVELS)}"
-            )
+        check_difficulty(self.name, self.difficulty, LEVELS)
 
     def draw(self, split: Split, seed: int, index: int) -> Scene:
         """Draw one calculation."""

@@ -15,8 +15,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from cascadevl.errors import ConfigError
-from cascadevl.tasks.base import Metric, Question, Scene, Split, pick, scene_generator
+from cascadevl.tasks.base import (
+    Metric,
+    Question,
+    Scene,
+    Split,
+    check_difficulty,
+    pick,
+    scene_generator,
+)
 from cascadevl.tasks.chart_drawing import PALETTE, Chart, Form, labels_fit, render
 from cascadevl.tasks.tables import Table, load_tables
 
@@ -115,10 +122,7 @@ class Charts:
 
     def __post_init__(self) -> None:
         """Refuse an unknown difficulty."""
-        if self.difficulty not in LEVELS:
-            raise ConfigError(
-                f"charts has no difficulty {self.difficulty!r}; choose from {sorted(LEVELS)}"
-            )
+        check_difficulty(self.name, self.difficulty, LEVELS)
 
     @property
     def kinds(self) -> tuple[str, ...]:

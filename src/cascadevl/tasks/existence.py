@@ -21,7 +21,7 @@ import PIL.Image
 
 from cascadevl.errors import ConfigError
 from cascadevl.tasks import easy_vqa, shapes
-from cascadevl.tasks.base import Question, Scene, Split, scene_generator
+from cascadevl.tasks.base import Question, Scene, Split, check_difficulty, scene_generator
 from cascadevl.tasks.shape_drawing import COLOURS, SHAPES, Thing, render
 
 NEGATIVES = ("random", "popular", "adversarial")
@@ -201,10 +201,7 @@ class Existence:
         Raises:
             ConfigError: Naming the known ones.
         """
-        if self.difficulty not in NEGATIVES:
-            raise ConfigError(
-                f"existence has no difficulty {self.difficulty!r}; choose from {sorted(NEGATIVES)}"
-            )
+        check_difficulty(self.name, self.difficulty, NEGATIVES)
         if self.material not in MATERIALS:
             raise ConfigError(
                 f"existence has no material {self.material!r}; choose from {sorted(MATERIALS)}"

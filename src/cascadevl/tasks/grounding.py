@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cascadevl.tasks.base import Question, Scene, Split, pick, scene_generator
+from cascadevl.tasks.base import Question, Scene, Split, check_difficulty, pick, scene_generator
 from cascadevl.tasks.shape_drawing import Thing, render
-from cascadevl.tasks.shapes import LEVELS, PAPERS, check_level, draw_things
+from cascadevl.tasks.shapes import LEVELS, PAPERS, draw_things
 
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: {}"
 """The query released models were trained with."""
@@ -36,7 +36,7 @@ class Grounding:
 
     def __post_init__(self) -> None:
         """Refuse an unknown difficulty."""
-        check_level(self.name, self.difficulty)
+        check_difficulty(self.name, self.difficulty, LEVELS)
 
     @property
     def kinds(self) -> tuple[str, ...]:

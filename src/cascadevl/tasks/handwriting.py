@@ -17,9 +17,16 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float, Int, UInt8
 
-from cascadevl.errors import ConfigError
 from cascadevl.tasks.arithmetic import addition_steps, sum_steps
-from cascadevl.tasks.base import Question, Scene, Split, pick, pick_kinds, scene_generator
+from cascadevl.tasks.base import (
+    Question,
+    Scene,
+    Split,
+    check_difficulty,
+    pick,
+    pick_kinds,
+    scene_generator,
+)
 
 TEST_STRIDE = 5
 """Every fifth image of a class is held out for testing."""
@@ -146,10 +153,7 @@ class Handwriting:
 
     def __post_init__(self) -> None:
         """Refuse an unknown difficulty."""
-        if self.difficulty not in LEVELS:
-            raise ConfigError(
-                f"handwriting has no difficulty {self.difficulty!r}; choose from {sorted(LEVELS)}"
-            )
+        check_difficulty(self.name, self.difficulty, LEVELS)
 
     @property
     def kinds(self) -> tuple[str, ...]:

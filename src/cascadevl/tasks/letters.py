@@ -14,8 +14,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from cascadevl.errors import ConfigError
-from cascadevl.tasks.base import Question, Scene, Split, pick, pick_kinds, scene_generator
+from cascadevl.tasks.base import (
+    Question,
+    Scene,
+    Split,
+    check_difficulty,
+    pick,
+    pick_kinds,
+    scene_generator,
+)
 from cascadevl.tasks.text import spelled
 from cascadevl.tasks.words import is_test_word, words_of_length
 
@@ -51,10 +58,7 @@ class Letters:
 
     def __post_init__(self) -> None:
         """Refuse an unknown difficulty."""
-        if self.difficulty not in LEVELS:
-            raise ConfigError(
-                f"letters has no difficulty {self.difficulty!r}; choose from {sorted(LEVELS)}"
-            )
+        check_difficulty(self.name, self.difficulty, LEVELS)
 
     def draw(self, split: Split, seed: int, index: int) -> Scene:
         """Draw questions of different kinds, each about words of its own."""

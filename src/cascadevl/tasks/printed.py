@@ -15,8 +15,15 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from cascadevl.errors import ConfigError
-from cascadevl.tasks.base import Question, Scene, Split, pick, pick_kinds, scene_generator
+from cascadevl.tasks.base import (
+    Question,
+    Scene,
+    Split,
+    check_difficulty,
+    pick,
+    pick_kinds,
+    scene_generator,
+)
 from cascadevl.tasks.text import spelled
 from cascadevl.tasks.words import FONTS, font, invent_word, words_of_length
 
@@ -105,10 +112,7 @@ class Printed:
 
     def __post_init__(self) -> None:
         """Refuse an unknown difficulty."""
-        if self.difficulty not in LEVELS:
-            raise ConfigError(
-                f"printed has no difficulty {self.difficulty!r}; choose from {sorted(LEVELS)}"
-            )
+        check_difficulty(self.name, self.difficulty, LEVELS)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -14,8 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cascadevl.errors import ConfigError
-from cascadevl.tasks.base import Question, Scene, Split, pick, scene_generator
+from cascadevl.tasks.base import Question, Scene, Split, check_difficulty, pick, scene_generator
 from cascadevl.tasks.shape_drawing import COLOURS, SHAPES, Thing, render
 
 PAPERS = ((250, 250, 250), (238, 234, 226), (226, 234, 240), (225, 225, 225))
@@ -97,7 +96,7 @@ class Shapes:
 
     def __post_init__(self) -> None:
         """Refuse an unknown difficulty."""
-        check_level(self.name, self.difficulty)
+        check_difficulty(self.name, self.difficulty, LEVELS)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -122,16 +121,6 @@ class Shapes:
             questions=tuple(questions),
             description=describe(things),
         )
-
-
-def check_level(name: str, difficulty: str) -> None:
-    """Refuse an unknown difficulty.
-
-    Raises:
-        ConfigError: Naming the ones there are.
-    """
-    if difficulty not in LEVELS:
-        raise ConfigError(f"{name} has no difficulty {difficulty!r}; choose from {sorted(LEVELS)}")
 
 
 def draw_things(generator: np.random.Generator, level: Level) -> list[Thing]:

@@ -15,9 +15,8 @@ from typing import ClassVar
 import numpy as np
 import PIL.Image
 
-from cascadevl.errors import ConfigError
 from cascadevl.tasks import handwriting
-from cascadevl.tasks.base import Question, Scene, Split, scene_generator
+from cascadevl.tasks.base import Question, Scene, Split, check_difficulty, scene_generator
 from cascadevl.tasks.chains import totals
 from cascadevl.tasks.handwriting import load_scans, render_rows
 from cascadevl.tasks.text import is_test_pair
@@ -68,10 +67,7 @@ class SubsetSum:
 
     def __post_init__(self) -> None:
         """Refuse an unknown difficulty."""
-        if self.difficulty not in LEVELS:
-            raise ConfigError(
-                f"subset_sum has no difficulty {self.difficulty!r}; choose from {sorted(LEVELS)}"
-            )
+        check_difficulty(self.name, self.difficulty, LEVELS)
 
     def draw(self, split: Split, seed: int, index: int) -> Scene:
         """Draw one list and what is asked about it."""

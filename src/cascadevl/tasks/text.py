@@ -14,14 +14,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from cascadevl.errors import ConfigError
 from cascadevl.tasks.arithmetic import (
     addition_steps,
     multiplication_steps,
     subtraction_steps,
     sum_steps,
 )
-from cascadevl.tasks.base import Question, Scene, Split, pick, scene_generator
+from cascadevl.tasks.base import Question, Scene, Split, check_difficulty, pick, scene_generator
 from cascadevl.tasks.words import words_of_length
 
 _HELD_OUT = 10
@@ -85,10 +84,7 @@ class Text:
 
     def __post_init__(self) -> None:
         """Refuse an unknown difficulty."""
-        if self.difficulty not in LEVELS:
-            raise ConfigError(
-                f"text has no difficulty {self.difficulty!r}; choose from {sorted(LEVELS)}"
-            )
+        check_difficulty(self.name, self.difficulty, LEVELS)
 
     def draw(self, split: Split, seed: int, index: int) -> Scene:
         """Draw questions of different kinds."""
