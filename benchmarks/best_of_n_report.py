@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from experiment import markdown
+from experiment import markdown, signed
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -213,11 +213,6 @@ def step_scores(result: Mapping[str, Any]) -> dict[str, Any]:
 def written(score: Mapping[str, float]) -> str:
     """A score as it stands in tables."""
     return f"{score['percent']:.1f} ({score['low']:.1f}-{score['high']:.1f})"
-
-
-def signed(score: Mapping[str, float]) -> str:
-    """A difference as it stands in tables."""
-    return f"{score['percent']:+.1f} ({score['low']:+.1f} to {score['high']:+.1f})"
 
 
 def tables(summary: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ From one fine-tuned model: MPO alone, GSPO alone, GSPO for twice as long, and MP
 (the cascade). All learn from the same questions; the answers that the fine-tuned model gave to them
 are sampled once a seed, make MPO's pairs and choose GSPO's questions, and count for every arm that
 uses them. A cascade whose stages name ``sft`` fine-tunes once a seed, which counts for no arm.
-Held-out questions are asked after every stage. Operations are counted by formula
+Held-out questions are asked after every stage; all arms answer the same ones, so the cascade's
+lead over each is also given as a paired difference. Operations are counted by formula
 (`cascadevl.workflows.cascade_stages.Done`), time as it passed.
 
 Scores do not depend on the machine. What is done is not done again.
@@ -22,14 +23,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from experiment import kept, markdown, pooled, quiet, written
+from experiment import kept, markdown, pooled, quiet, signed, written
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cascadevl.config import load_config
 from cascadevl.host_memory import keep_freed_memory
-from cascadevl.workflows.cascade import COURSE, cascade
+from cascadevl.scoring.metrics import bootstrap_interval
+from cascadevl.workflows.cascade import COURSE, cascade, examine
 from cascadevl.workflows.cascade_config import CascadeConfig, StageName
 
 ARMS: dict[str, tuple[StageName, ...]] = {
@@ -58,17 +61,22 @@ def main() -> None:
     for seed in args.seeds:
         shared = (*tuned(base), "rollouts")
         sampled = seeded(base, seed, shared, args.out / f"{seed}" / "sampled")
-        kept(args.out / f"sampled-{seed}.json", lambda sampled=sampled: run(sampled))
+        name = f"sampled-{seed}.json"
+        begun = kept(args.out / name, lambda sampled=sampled: run(sampled))
+        right = kept(args.out / f"answers-{name}", lambda sampled=sampled: answers(sampled))
+        lines = compared(begun["lines"])[:1]
+        results.append({"arm": START, "seed": seed, "lines": lines, "right": right})
         for arm in ARMS:
             config = arm_config(base, arm, seed, args.out)
             share(sampled.out, config.out)
             name = f"{list(ARMS).index(arm)}-{seed}.json"
             result = kept(args.out / name, lambda config=config: run(config))
-            results.append({"arm": arm, "seed": seed, **result})
+            right = kept(args.out / f"answers-{name}", lambda config=config: answers(config))
+            results.append({"arm": arm, "seed": seed, **result, "right": right})
     summary = summarise(results)
-    (args.out / "arms.md").write_text(table(summary), "utf-8")
+    (args.out / "arms.md").write_text(f"{table(summary)}\n{lead_table(summary)}", "utf-8")
     draw(summary, args.out / "arms.png")
-    print(table(summary))
+    print((args.out / "arms.md").read_text("utf-8"))
     print(json.dumps(summary))
 
 
@@ -117,31 +125,35 @@ def run(config: CascadeConfig) -> dict[str, Any]:
     return {"lines": [asdict(line) for line in cascade(config, console=quiet()).lines]}
 
 
+def answers(config: CascadeConfig) -> dict[str, list[bool]]:
+    """Which questions of each row a cascade's last model answers rightly."""
+    trained = [stage for stage in config.ordered if stage in ("sft", "mpo", "gspo")]
+    model = str(config.out / trained[-1] / "run" / "model") if trained else config.model
+    assert model is not None, "a cascade without pre-training starts from a model"
+    scores, _ = examine(config.exam, model)
+    return {score.row: [one.right for one in score.answered] for score in scores}
+
+
 def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of the start and of every arm: scores over all seeds, time and operations of a seed.
 
-    ``greedy`` and ``drawn`` pool all kinds of questions, by how they were answered.
+    ``greedy`` and ``drawn`` pool all kinds of questions, by how they were answered; ``leads`` are
+    the cascade's over each, question by question.
     """
-    found: dict[str, list[list[Mapping[str, Any]]]] = {}
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        lines = compared(result["lines"])
-        if result["arm"] == next(iter(ARMS)):
-            found.setdefault(START, []).append(lines[:1])
-        found.setdefault(result["arm"], []).append(lines)
+        found.setdefault(result["arm"], []).append(result)
     summary = {}
     for arm, runs in found.items():
-        exams = [[line["exam"] for line in lines if line["exam"]][-1] for lines in runs]
-        names = [row["name"] for row in exams[0]]
-        answers = [[_answers(row) for row in exam] for exam in exams]
+        lines = [compared(run["lines"]) for run in runs]
+        rows = {name: [run["right"][name] for run in runs] for name in runs[0]["right"]}
         summary[arm] = {
-            **_by_answering(names, answers),
-            "rows": {
-                name: pooled([rows[number] for rows in answers])
-                for number, name in enumerate(names)
-            },
-            "constant": {row["name"]: 100 * row["constant"] for row in exams[0]},
-            "seconds": [sum(line["seconds"] for line in lines) for lines in runs],
-            "flops": [sum(line["flops"] for line in lines) for lines in runs],
+            **_by_answering(rows),
+            "rows": {name: pooled(right) for name, right in rows.items()},
+            "constant": _constant(lines[0]),
+            "seconds": [sum(line["seconds"] for line in each) for each in lines],
+            "flops": [sum(line["flops"] for line in each) for each in lines],
+            "leads": {name: lead(found["cascade"], runs, name) for name in rows},
         }
     return summary
 
@@ -155,26 +167,34 @@ def compared(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     return [{**begin, "seconds": 0.0, "flops": 0.0}, *rest]
 
 
-def _by_answering(
-    names: Sequence[str], answers: Sequence[Sequence[list[bool]]]
-) -> dict[str, dict[str, Any]]:
+def _constant(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Percent right of the most frequent answer to each row."""
+    return {row["name"]: 100 * row["constant"] for line in lines for row in line["exam"]}
+
+
+def _by_answering(rows: Mapping[str, Sequence[list[bool]]]) -> dict[str, dict[str, Any]]:
     """All rows of greedy answers together, and all of drawn ones."""
     found: dict[str, list[list[bool]]] = {}
-    for rows in answers:
-        for kind in ("greedy", "drawn"):
-            own = [row for name, row in zip(names, rows, strict=True) if _answering(name) == kind]
-            if own:
-                found.setdefault(kind, []).append([right for row in own for right in row])
-    return {kind: pooled(values) for kind, values in found.items()}
+    for name, right in rows.items():
+        seeds = found.setdefault(
+            "drawn" if ", drawn at " in name else "greedy", [[] for _ in right]
+        )
+        for own, more in zip(seeds, right, strict=True):
+            own += more
+    return {kind: pooled(seeds) for kind, seeds in found.items()}
 
 
-def _answering(name: str) -> str:
-    return "drawn" if ", drawn at " in name else "greedy"
-
-
-def _answers(row: Mapping[str, Any]) -> list[bool]:
-    num_right = round(row["share"] * row["num"])
-    return [True] * num_right + [False] * (row["num"] - num_right)
+def lead(
+    leader: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], name: str
+) -> dict[str, float]:
+    """Points by which one arm is ahead of another on the same questions, with a 95 % interval."""
+    points = [
+        100.0 * (mine - theirs)
+        for one, other in zip(leader, others, strict=True)
+        for mine, theirs in zip(one["right"][name], other["right"][name], strict=True)
+    ]
+    low, high = bootstrap_interval(points, np.random.default_rng(0))
+    return {"percent": sum(points) / len(points), "low": low, "high": high}
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -196,6 +216,17 @@ def table(summary: Mapping[str, Any]) -> str:
     constants = [f"{summary[START]['constant'][name]:.1f}" for name in names]
     rows.append(["most frequent answer", *[""] * 2 * len(kinds), *constants, "", ""])
     return markdown(header, rows)
+
+
+def lead_table(summary: Mapping[str, Any]) -> str:
+    """The cascade's leads as a Markdown table."""
+    names = list(summary[START]["rows"])
+    rows = [
+        [arm, *[signed(found["leads"][name]) for name in names]]
+        for arm, found in summary.items()
+        if arm != "cascade"
+    ]
+    return markdown(["points of the cascade above", *names], rows)
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:

@@ -150,6 +150,11 @@ def written(score: dict[str, Any]) -> str:
     return f"{score['percent']:.1f} ({score['low']:.0f}-{score['high']:.0f})"
 
 
+def signed(score: Mapping[str, float]) -> str:
+    """A difference as it stands in tables."""
+    return f"{score['percent']:+.1f} ({score['low']:+.1f} to {score['high']:+.1f})"
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]

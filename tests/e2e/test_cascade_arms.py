@@ -54,15 +54,30 @@ def line(stage: str, right: int, flops: float) -> dict[str, Any]:
     return {"stage": stage, "exam": exam, "seconds": 60.0, "flops": flops}
 
 
+def answered(right: int) -> dict[str, list[bool]]:
+    return {"chains": [number < right for number in range(10)]}
+
+
 def test_fine_tuning_is_the_start_and_costs_no_arm_anything(arms: ModuleType) -> None:
     lines = [line("start", 0, 0), line("sft", 4, 9e12), line("rollouts", 0, 1e12)]
-    results = [
-        {"arm": arm, "seed": 0, "lines": [*lines, line("mpo", right, 2e12)]}
-        for arm, right in (("MPO", 5), ("cascade", 7))
-    ]
+    results = [{"arm": "start", "seed": 0, "lines": lines[:2], "right": answered(4)}]
+    for arm, right in (("MPO", 5), ("cascade", 7)):
+        trained = [*lines, line("mpo", right, 2e12)]
+        results.append({"arm": arm, "seed": 0, "lines": trained, "right": answered(right)})
     summary = arms.summarise(results)
     percents = {arm: found["greedy"]["percent"] for arm, found in summary.items()}
     assert percents == {"start": 40.0, "MPO": 50.0, "cascade": 70.0}
     assert summary["start"]["flops"] == [0.0]
     assert summary["MPO"]["flops"] == summary["cascade"]["flops"] == [3e12]
     assert summary["MPO"]["seconds"] == [120.0]
+    assert summary["MPO"]["constant"] == {"chains": 10.0}
+
+
+def test_the_lead_is_that_on_the_same_questions(arms: ModuleType) -> None:
+    right = [True] * 5 + [False] * 45
+    one = [{"right": {"chains": [not value for value in right]}}]
+    other = [{"right": {"chains": right}}]
+    found = arms.lead(one, other, "chains")
+    assert found["percent"] == pytest.approx(80.0)
+    assert found["low"] < 80.0 < found["high"] <= 100.0
+    assert set(arms.lead(one, one, "chains").values()) == {0.0}

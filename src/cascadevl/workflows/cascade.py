@@ -22,7 +22,7 @@ from cascadevl.data.journal import alone
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.conversation import answer
 from cascadevl.errors import ConfigError
-from cascadevl.eval.runner import run_suite
+from cascadevl.eval.runner import Score, run_suite
 from cascadevl.eval.suite import SuiteRow
 from cascadevl.model.loading import load
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
@@ -198,27 +198,43 @@ def _examined(exam: ExamSection, model: str, folder: Path, console: Console) -> 
         if kept["settings"] == settings:
             seen = [ExamRow(**row) for row in kept["rows"]]
             return Examined(rows=seen, visual_share=kept.get("visual_share", 1.0))
-    responder = _Counting(*load(model), max_new_tokens=exam.answer_tokens)
-    rows: list[ExamRow] = []
     with console.status(f"asking {exam.questions} questions of each of {len(exam.tasks)} kinds"):
-        for responder.temperature in exam.temperatures:
-            drawn = f", drawn at {responder.temperature:g}" if responder.temperature else ""
-            suite = [
-                SuiteRow(
-                    name=f"{name}{drawn}",
-                    task=task_named(name, px=exam.px),
-                    num_questions=exam.questions,
-                )
-                for name in exam.tasks
-            ]
-            rows += [ExamRow.of(score) for score in run_suite(responder, suite, seed=exam.seed)]
-    found = Examined(rows=rows, visual_share=responder.visual_share)
+        scores, visual_share = examine(exam, model)
+    rows = [ExamRow.of(score) for score in scores]
+    found = Examined(rows=rows, visual_share=visual_share)
     _write(path, {"settings": settings, **asdict(found)})
     line = " · ".join(f"{row.name} {100 * row.share:.1f}" for row in rows)
     if found.visual_share < 1:
         line += f" · with {found.visual_share:.1%} of the visual tokens"
     console.print(f"% right: {line}", highlight=False)
     return found
+
+
+def examine(exam: ExamSection, model: str) -> tuple[list[Score], float]:
+    """Ask a model everything that an examination asks.
+
+    Args:
+        exam: The examination.
+        model: Folder or name of the model.
+
+    Returns:
+        The scores with every answer, and the visual tokens that the pictures took as a share of
+        those of full tiles.
+    """
+    responder = _Counting(*load(model), max_new_tokens=exam.answer_tokens)
+    scores: list[Score] = []
+    for responder.temperature in exam.temperatures:
+        drawn = f", drawn at {responder.temperature:g}" if responder.temperature else ""
+        suite = [
+            SuiteRow(
+                name=f"{name}{drawn}",
+                task=task_named(name, px=exam.px),
+                num_questions=exam.questions,
+            )
+            for name in exam.tasks
+        ]
+        scores += run_suite(responder, suite, seed=exam.seed)
+    return scores, responder.visual_share
 
 
 @dataclass(slots=True)
