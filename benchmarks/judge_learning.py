@@ -3,8 +3,8 @@
 A process reward model is trained on numbers found by their sum (`cascadevl.tasks.subset_sum`), half
 of them with one wrong number, each step labelled by the truth: no continuation, no noise, no
 solution seen twice. Its macro-F1 on held-out solutions is printed as it learns, beside that of
-calling every step right and of the best answer that knows nothing but which step it is. What is
-not learned here will not be learned from continuations either.
+calling every step right and of an answer that knows nothing but which step it is. A run goes on
+from its last checkpoint, and the curve is kept beside it.
 
 Cost, an estimate: half a core-hour for 1,500 steps of 64 solutions.
 Run: ``python benchmarks/judge_learning.py --difficulty easy --threads 1``. The last line is one
@@ -132,18 +132,21 @@ def learned(args: argparse.Namespace, difficulty: str) -> list[dict[str, float]]
         ),
     )
     processor = load(args.model, dtype=torch.float32)[1]
-    curve: list[dict[str, float]] = []
+    curve = config.run.out / "curve.jsonl"
 
     def measure(state: TrainState[Batch]) -> None:
         judge = ProcessRewardModel(state.model, processor)  # type: ignore[arg-type]
-        curve.append({"step": state.step, **measured_f1(judge, difficulty, args.questions)})
-        print(difficulty, {name: round(value, 3) for name, value in curve[-1].items()}, flush=True)
+        row = {"step": state.step, **measured_f1(judge, difficulty, args.questions)}
+        with curve.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(difficulty, {name: round(value, 3) for name, value in row.items()}, flush=True)
 
     sources: Sequence[WeightedSource] = [
         WeightedSource(source=Planted(difficulty, "train", args.seed))
     ]
     finished(prm(config, sources=sources, on_step=measure, console=quiet()))
-    return curve
+    rows = [json.loads(line) for line in curve.read_text("utf-8").splitlines()]
+    return list({row["step"]: row for row in rows}.values())  # some may be measured twice
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Calculations of several steps, a paragraph a step: lists of numbers, signs, handwritten columns.
 
 Each step adds a number to a running total, or takes it away. A total is written from its first
-digit, which depends on carries that nobody has worked out yet, so that a step is easier to check
-than to write: material for reinforcement and for judges of steps.
+digit, which depends on carries that nobody has worked out yet, so that a model is right now and
+then: material for reinforcement.
 """
 
 from __future__ import annotations
