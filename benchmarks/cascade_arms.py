@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from cascadevl.config import load_config
 from cascadevl.host_memory import keep_freed_memory
 from cascadevl.scoring.metrics import bootstrap_interval
-from cascadevl.workflows.cascade import COURSE, cascade, examine
+from cascadevl.workflows.cascade import COURSE, cascade, right_answers
 from cascadevl.workflows.cascade_config import CascadeConfig, StageName
 
 ARMS: dict[str, tuple[StageName, ...]] = {
@@ -61,18 +61,14 @@ def main() -> None:
     for seed in args.seeds:
         shared = (*tuned(base), "rollouts")
         sampled = seeded(base, seed, shared, args.out / f"{seed}" / "sampled")
-        name = f"sampled-{seed}.json"
-        begun = kept(args.out / name, lambda sampled=sampled: run(sampled))
-        right = kept(args.out / f"answers-{name}", lambda sampled=sampled: answers(sampled))
-        lines = compared(begun["lines"])[:1]
-        results.append({"arm": START, "seed": seed, "lines": lines, "right": right})
+        begun = kept(args.out / f"sampled-{seed}.json", lambda sampled=sampled: run(sampled))
+        results.append({"arm": START, "seed": seed, **begun, "lines": compared(begun["lines"])[:1]})
         for arm in ARMS:
             config = arm_config(base, arm, seed, args.out)
             share(sampled.out, config.out)
             name = f"{list(ARMS).index(arm)}-{seed}.json"
             result = kept(args.out / name, lambda config=config: run(config))
-            right = kept(args.out / f"answers-{name}", lambda config=config: answers(config))
-            results.append({"arm": arm, "seed": seed, **result, "right": right})
+            results.append({"arm": arm, "seed": seed, **result})
     summary = summarise(results)
     (args.out / "arms.md").write_text(f"{table(summary)}\n{lead_table(summary)}", "utf-8")
     draw(summary, args.out / "arms.png")
@@ -121,17 +117,9 @@ def share(sampled: Path, out: Path) -> None:
 
 
 def run(config: CascadeConfig) -> dict[str, Any]:
-    """Go through a cascade."""
-    return {"lines": [asdict(line) for line in cascade(config, console=quiet()).lines]}
-
-
-def answers(config: CascadeConfig) -> dict[str, list[bool]]:
-    """Which questions of each row a cascade's last model answers rightly."""
-    trained = [stage for stage in config.ordered if stage in ("sft", "mpo", "gspo")]
-    model = str(config.out / trained[-1] / "run" / "model") if trained else config.model
-    assert model is not None, "a cascade without pre-training starts from a model"
-    scores, _ = examine(config.exam, model)
-    return {score.row: [one.right for one in score.answered] for score in scores}
+    """Go through a cascade; keep its summary, and which questions its last model gets right."""
+    lines = [asdict(line) for line in cascade(config, console=quiet()).lines]
+    return {"lines": lines, "right": right_answers(config)}
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -234,12 +222,20 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    most = max(sum(found["flops"]) / len(found["flops"]) / 1e12 for found in summary.values())
     for arm, found in summary.items():
         score = found["greedy"]
         flops = sum(found["flops"]) / len(found["flops"]) / 1e12
         interval = [[score["percent"] - score["low"]], [score["high"] - score["percent"]]]
         axes.errorbar([flops], [score["percent"]], yerr=interval, fmt="o", capsize=4, label=arm)
-        axes.annotate(arm, (flops, score["percent"]), xytext=(6, 4), textcoords="offset points")
+        side = -1 if flops > most / 2 else 1  # names stay within the frame
+        axes.annotate(
+            arm,
+            (flops, score["percent"]),
+            xytext=(6 * side, 4),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+        )
     axes.set_xlabel("operations after fine-tuning, TFLOP")
     axes.set_ylabel("percent of greedy answers that are right, 95 % interval")
     axes.margins(0.18)

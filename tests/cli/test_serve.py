@@ -118,8 +118,10 @@ def test_a_server_with_a_reward_model_gives_the_best_of_several():
 
 
 @pytest.mark.slow
-def test_two_halves_as_processes_answer_and_all_end_with_the_front():
-    with command("--vision", "1", "--language", "1") as (process, client):
+@pytest.mark.parametrize("weights", ["stored", "packed", "int8"])
+def test_two_halves_as_processes_answer_and_all_end_with_the_front(weights: str):
+    words = ["--vision", "1", "--language", "1", "--weights", weights]
+    with command(*words) as (process, client):
         picture = PIL.Image.new("RGB", (200, 100), "white")
         part = {"type": "text", "text": "What is it?"}
         reply = client.with_options(timeout=200).chat.completions.create(

@@ -18,7 +18,7 @@ from cascadevl.engine.engine import Engine
 from cascadevl.engine.http_json import HttpServer
 from cascadevl.engine.requests import Completion, EngineConfig, Request, TokenOutput
 from cascadevl.engine.vllm import connect
-from cascadevl.errors import RequestError, ServerError
+from cascadevl.errors import RequestError, ServerError, UnavailableError
 from cascadevl.model.language_half import load_language_half
 from cascadevl.model.loading import save
 from cascadevl.model.routing import KeepShare
@@ -137,8 +137,10 @@ def test_a_stream_brings_the_tokens_then_the_answer(
         (lambda _: refused("hidden_size 7 does not match"), ServerError, "of this very checkpoint"),
         (lambda _: Answered({"no": "choices"}), ServerError, "stream ended before"),
         (lambda _: Answered(status=500), ServerError, "status 500"),
+        (lambda _: Answered(status=503), UnavailableError, "status 503"),
+        (lambda _: Answered(status=429), UnavailableError, "status 429"),
     ],
-    ids=["one request", "every request", "nonsense", "broken"],
+    ids=["one request", "every request", "nonsense", "broken", "not there", "too busy"],
 )
 def test_a_failure_is_the_requests_or_the_servers(
     answer: Callable[[Body], Answered], kind: Any, problem: str, folder: Path, tmp_path: Path
@@ -146,8 +148,9 @@ def test_a_failure_is_the_requests_or_the_servers(
     async def ask(url: str) -> None:
         async with fronting(tmp_path, asking(folder, url)) as pipeline:
             for wish in requests(PROCESSOR, **FULL)[:2]:
-                with pytest.raises(kind, match=problem):
+                with pytest.raises(kind, match=problem) as caught:
                     await all_of(pipeline, wish)
+                assert caught.type is kind
 
     with vllm_double(answer) as server:
         asyncio.run(ask(server.url))

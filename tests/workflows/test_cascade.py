@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cascadevl.config import load_config
 from cascadevl.errors import ConfigError, DataError
-from cascadevl.workflows.cascade import DONE, cascade
+from cascadevl.workflows.cascade import DONE, cascade, right_answers
 from cascadevl.workflows.cascade_config import CascadeConfig
 from cascadevl.workflows.cascade_report import (
     ExamRow,
@@ -94,6 +94,16 @@ def test_every_stage_leaves_its_part_and_a_line(finished: Path) -> None:
     table = (out / "summary.md").read_text("utf-8").splitlines()
     assert len(table) == 2 + len(stages) + 1
     assert weights_of(out / "mpo/run/model") != weights_of(out / "gspo/run/model")
+
+
+def test_right_answers_of_the_last_model_are_kept_one_by_one(finished: Path) -> None:
+    config = config_of(finished)
+    (*_, last) = json.loads((config.out / "summary.json").read_text("utf-8"))
+    shares = {row: sum(right) / len(right) for row, right in right_answers(config).items()}
+    assert shares == {row["name"]: pytest.approx(row["share"]) for row in last["exam"]}
+    begun = json.loads((config.out / "start/exam.json").read_text("utf-8"))["right"]
+    untrained = dataclasses.replace(config, stages=("rollouts",))
+    assert right_answers(untrained) == begun
 
 
 def test_what_is_done_is_not_done_again(finished: Path) -> None:
@@ -180,10 +190,10 @@ def test_an_examination_without_a_temperature_is_refused(tmp_path: Path, tempera
 
 
 def test_the_shipped_configurations_can_be_read() -> None:
-    for name in ("nano", "micro", "boxes"):
+    for name, group in (("nano", 16), ("boxes", 16), ("micro", 8), ("chains", 8)):
         config = load_config(CascadeConfig, files=[Path(f"configs/cascade_{name}.yaml")])
         assert config.mpo.optim.lr > 0
-        assert config.gspo.rollout.group == 16
+        assert config.gspo.rollout.group == group
     flash = load_config(CascadeConfig, files=[Path("configs/cascade_flash_micro.yaml")])
     assert flash.ordered == ("vico", "router")
     assert flash.router.router.label == "ratio"

@@ -34,12 +34,20 @@ class Refused(Exception):
     """The server will not answer this one request, however often it is asked; others it may."""
 
 
-class _PassingFailure(Exception):
-    """A failure that may be gone at the next try; ``delay_s`` is what the server asks to wait."""
+class Unanswered(RequestError):
+    """The server cannot be reached or has too much to do: it may answer in a while."""
 
-    def __init__(self, problem: str, delay_s: float = 0.0) -> None:
+
+class _PassingFailure(Exception):
+    """A failure that may be gone at the next try.
+
+    ``delay_s`` is what the server asks to wait; ``is_bug`` says that it failed at this request, and
+    may well do so again.
+    """
+
+    def __init__(self, problem: str, delay_s: float = 0.0, *, is_bug: bool = False) -> None:
         super().__init__(problem)
-        self.delay_s = delay_s
+        self.delay_s, self.is_bug = delay_s, is_bug
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -133,14 +141,15 @@ class HttpServer:
 
         Raises:
             Refused: If the server will not answer this request.
-            RequestError: If the server cannot be reached, breaks off, or does not do what is
-                asked.
+            Unanswered: If the server cannot be reached, breaks off, or has too much to do.
+            RequestError: If it fails, or does not do what is asked.
         """
         try:
             with self._opened(path, json.dumps(body).encode()) as response:
                 yield Events(response)
         except _PassingFailure as failure:
-            raise RequestError(f"{self.endpoint(path)}: {failure}; is the server up?") from failure
+            kind = RequestError if failure.is_bug else Unanswered
+            raise kind(f"{self.endpoint(path)}: {failure}; is the server up?") from failure
 
     def _persist(
         self, path: str, content: bytes | None, seed: int, stop: threading.Event | None
@@ -199,7 +208,8 @@ class HttpServer:
             return Refused(status)
         if error.code in _PASSING or error.code >= 500:
             wish = error.headers.get("Retry-After", "")
-            return _PassingFailure(status, float(wish) if wish.isdecimal() else 0.0)
+            delay_s = float(wish) if wish.isdecimal() else 0.0
+            return _PassingFailure(status, delay_s, is_bug=error.code == 500)
         known = {401: "give a valid API key", 403: "this API key may not do that", **self.remedies}
         remedy = known.get(error.code, "check the address")
         return RequestError(f"{self.endpoint(path)}: {status}; {remedy}")

@@ -22,14 +22,14 @@ from torch import Tensor
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.backends import Capabilities, Outcome, check_wishes, completion, ends_of
 from cascadevl.engine.embeds import embed, prepared
-from cascadevl.engine.http_json import HttpServer, Refused
+from cascadevl.engine.http_json import HttpServer, Refused, Unanswered
 from cascadevl.engine.prompts import Prompt
 from cascadevl.engine.requests import Completion, Request, TokenLogprobs, TokenOutput
 from cascadevl.engine.stops import AnswerText, check_stops
 from cascadevl.engine.threaded import from_thread
 from cascadevl.engine.vision import VisionCache
 from cascadevl.engine.vllm_wire import Choice, UnknownAnswer, read_choices, request_body
-from cascadevl.errors import RequestError, ServerError
+from cascadevl.errors import RequestError, ServerError, UnavailableError
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 
 _PATH = "completions"
@@ -206,7 +206,8 @@ class VllmBackend:
 
         Raises:
             RequestError: If it cannot be answered.
-            ServerError: If the server is gone, or would answer nothing else either.
+            UnavailableError: If the server is gone, or has too much to do.
+            ServerError: If it fails, or would answer nothing else either.
         """
         prompt, body = self._prompt(request)
         texts = [self._text(request) for _ in range(request.num_samples)]
@@ -236,6 +237,8 @@ class VllmBackend:
             one = refusal
         except UnknownAnswer as error:
             raise ServerError(str(self._nonsense(error))) from error
+        except Unanswered as error:
+            raise UnavailableError(str(error)) from error
         except RequestError as error:
             raise ServerError(str(error)) from error
         try:

@@ -31,7 +31,7 @@ from cascadevl.engine.requests import (
     TextIds,
     TokenOutput,
 )
-from cascadevl.errors import CascadeVLError, LogitsError, RequestError, ServerError
+from cascadevl.errors import CascadeVLError, RequestError, ServerError
 from cascadevl.serving.engine_thread import Output
 from cascadevl.serving.member import Member
 from cascadevl.serving.wire import (
@@ -48,6 +48,7 @@ from cascadevl.serving.wire import (
     Refused,
     Said,
     Who,
+    fault_of,
     features_of,
     ids_of,
 )
@@ -244,8 +245,7 @@ class LanguageServer(Member):
                     self._said.append(replace(output, request_id=ask.request))
                     self._has_said.set()
         except CascadeVLError as error:
-            is_fault = isinstance(error, ServerError | LogitsError)
-            await self.front.send(Refused(ask.request, str(error), is_fault))
+            await self.front.send(Refused(ask.request, str(error), fault_of(error)))
         await self._give_back(job)
         if self._jobs.get(ask.request) is job:
             del self._jobs[ask.request]

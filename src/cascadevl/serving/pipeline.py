@@ -21,7 +21,7 @@ import zmq
 
 from cascadevl.engine.prompts import prepare
 from cascadevl.engine.requests import Completion, EngineStats, Request
-from cascadevl.errors import CascadeVLError, RequestError, ServerError, UnavailableError
+from cascadevl.errors import CascadeVLError, ServerError, UnavailableError
 from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.serving.engine_thread import Output, shutting_down
 from cascadevl.serving.fleet import Fleet, Server
@@ -268,9 +268,8 @@ class Pipeline:
             case Received():
                 journey.awaits_features = False
                 self._unload_vision(journey)
-            case Refused(_, problem, is_fault):
-                error = ServerError(problem) if is_fault else RequestError(problem)
-                journey.outputs.put_nowait(error)
+            case Refused():
+                journey.outputs.put_nowait(word.error())
 
     async def _ask_who(self, id_: bytes) -> None:
         """Ask a server that is not known to join; once, though it may have said much meanwhile."""

@@ -29,10 +29,19 @@ from torch import Tensor
 
 from cascadevl.engine.requests import Completion, EngineStats, TokenOutput
 from cascadevl.engine.sampling import SamplingParams
-from cascadevl.errors import ServerError
+from cascadevl.errors import (
+    CascadeVLError,
+    LogitsError,
+    RequestError,
+    ServerError,
+    UnavailableError,
+)
 from cascadevl.model.routing import Thresholds
 
 Role: TypeAlias = Literal["vision", "language"]
+
+Fault: TypeAlias = Literal["request", "server", "moment"]
+"""Whose fault a failure is: the request's own, the server's, or only that of the moment."""
 
 _DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -148,11 +157,27 @@ class Said(_Message, frozen=True):
 
 
 class Refused(_Message, frozen=True):
-    """A request will not be answered; ``is_fault`` says that it was not its own fault."""
+    """A request will not be answered; ``why`` says whose fault that is."""
 
     request: int
     problem: str
-    is_fault: bool
+    why: Fault
+
+    def error(self) -> CascadeVLError:
+        """What whoever asked is told."""
+        kinds = {"request": RequestError, "server": ServerError, "moment": UnavailableError}
+        return kinds[self.why](self.problem)
+
+
+def fault_of(error: CascadeVLError) -> Fault:
+    """Whose fault a failure is.
+
+    Args:
+        error: Why a request cannot be answered.
+    """
+    if isinstance(error, UnavailableError):
+        return "moment"
+    return "server" if isinstance(error, ServerError | LogitsError) else "request"
 
 
 class Drop(_Message, frozen=True):

@@ -195,14 +195,15 @@ def _examined(exam: ExamSection, model: str, folder: Path, console: Console) -> 
     path, settings = folder / EXAM, _plain({**asdict(exam), "model": model})
     if path.is_file():
         kept = json.loads(path.read_text("utf-8"))
-        if kept["settings"] == settings:
+        if kept["settings"] == settings and "right" in kept:
             seen = [ExamRow(**row) for row in kept["rows"]]
             return Examined(rows=seen, visual_share=kept.get("visual_share", 1.0))
     with console.status(f"asking {exam.questions} questions of each of {len(exam.tasks)} kinds"):
-        scores, visual_share = examine(exam, model)
+        scores, visual_share = _asked(exam, model)
     rows = [ExamRow.of(score) for score in scores]
     found = Examined(rows=rows, visual_share=visual_share)
-    _write(path, {"settings": settings, **asdict(found)})
+    right = {score.row: [one.right for one in score.answered] for score in scores}
+    _write(path, {"settings": settings, **asdict(found), "right": right})
     line = " · ".join(f"{row.name} {100 * row.share:.1f}" for row in rows)
     if found.visual_share < 1:
         line += f" · with {found.visual_share:.1%} of the visual tokens"
@@ -210,17 +211,20 @@ def _examined(exam: ExamSection, model: str, folder: Path, console: Console) -> 
     return found
 
 
-def examine(exam: ExamSection, model: str) -> tuple[list[Score], float]:
-    """Ask a model everything that an examination asks.
+def right_answers(config: CascadeConfig) -> dict[str, list[bool]]:
+    """Which held-out questions of each row the last model of a finished cascade answers rightly.
 
     Args:
-        exam: The examination.
-        model: Folder or name of the model.
-
-    Returns:
-        The scores with every answer, and the visual tokens that the pictures took as a share of
-        those of full tiles.
+        config: The cascade, with an examination.
     """
+    folders = [config.out / name for name in (START, *config.ordered)]
+    (*_, last) = [folder for folder in folders if (folder / EXAM).is_file()]
+    right: dict[str, list[bool]] = json.loads((last / EXAM).read_text("utf-8"))["right"]
+    return right
+
+
+def _asked(exam: ExamSection, model: str) -> tuple[list[Score], float]:
+    """All scores of a model, and the visual tokens of its pictures as a share of full ones."""
     responder = _Counting(*load(model), max_new_tokens=exam.answer_tokens)
     scores: list[Score] = []
     for responder.temperature in exam.temperatures:
