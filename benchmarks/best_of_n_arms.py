@@ -5,8 +5,9 @@ The InternVL3 report's table 2 and VisualPRM's comparison (arXiv 2503.10291), sm
 1. ``sft``: micro is fine-tuned to find numbers by their sum (`cascadevl.tasks.subset_sum`; a third
    of the lists are handwritten), at once or with worked steps inside ``<think>``, as the system
    prompt says.
-2. ``solutions``: four solutions of each of other training questions are drawn, and their steps
-   judged by sixteen continuations (`data process`).
+2. ``solutions``: sixteen answers to each of other training questions are drawn, and the steps of
+   up to four of them, right and wrong ones in turn, judged by sixteen continuations
+   (`data process --balanced`).
 3. ``PRM``, ``ORM``: two judges are trained from the policy (`train prm`) on the same solutions for
    the same number of steps: one on the labels of steps, one on whole solutions and their outcome.
 4. ``exam``: 32 answers are drawn to each of 200 held-out questions, at both temperatures. All arms

@@ -27,7 +27,7 @@ from cascadevl.tasks.subset_sum import SubsetSum
 from cascadevl.train.prm import PRMConfig, prm
 from cascadevl.train.sft import sft
 from cascadevl.workflows import boxes
-from cascadevl.workflows.process_config import ProcessConfig, ProcessReport
+from cascadevl.workflows.process_config import Choice, ProcessConfig, ProcessReport
 from cascadevl.workflows.process_data import PROCESS, make_process_data
 from cascadevl.workflows.rollouts import RolloutConfig, sample_rollouts
 from cascadevl.workflows.thinking_config import ThinkingConfig
@@ -55,7 +55,8 @@ class Size:
         difficulty: Of the questions.
         sft_scenes: Scenes of fine-tuning.
         sft_steps: Steps of it.
-        judged_scenes: Scenes whose solutions are judged, four of each.
+        judged_scenes: Scenes whose solutions are judged.
+        judged_samples: Answers drawn to each, of which up to four are judged, right and wrong ones.
         continuations: Of every step.
         threshold: A step is right if a larger share of its continuations is.
         judge_steps: Steps of training each judge.
@@ -64,20 +65,23 @@ class Size:
         planted_scenes: Scenes of planted errors, to choose the threshold and again to be measured.
         num_samples: Answers drawn to a held-out question.
         temperatures: Of these, each a comparison of its own.
+        choose: Which solutions are judged.
         max_tokens: Of an answer.
     """
 
     difficulty: str = "full"
     sft_scenes: int = 9000
     sft_steps: int = 250
-    judged_scenes: int = 1200
+    judged_scenes: int = 3000
+    judged_samples: int = 16
     continuations: int = 16  # VisualPRM
     threshold: float = 0.0  # VisualPRM
-    judge_steps: int = 480
-    judge_row: int = 16
+    judge_steps: int = 400
+    judge_row: int = 64
     exam_scenes: int = 200
     planted_scenes: int = 100
     num_samples: int = 32
+    choose: Choice = "balanced"  # the policy is right once in ten answers
     temperatures: tuple[float, ...] = (0.7, 1.0)
     max_tokens: int = 96
 
@@ -87,6 +91,8 @@ TINY = Size(
     sft_scenes=12,
     sft_steps=3,
     judged_scenes=6,
+    judged_samples=4,
+    choose="first",
     continuations=2,
     judge_steps=2,
     judge_row=2,
@@ -155,12 +161,15 @@ def solutions(policy: Path, size: Size, out: Path, seed: int) -> tuple[ProcessRe
     backend, processor = opened(policy)
     # VisualPRM draws what it judges at temperature 1 (script of v1.1).
     sampling = SamplingParams(temperature=1.0, max_tokens=size.max_tokens, seed=seed)
-    config = RolloutConfig(out=out / "store", num_samples=4, sampling=sampling, system=SYSTEM)
+    config = RolloutConfig(
+        out=out / "store", num_samples=size.judged_samples, sampling=sampling, system=SYSTEM
+    )
     asked = judged_questions(size, seed)
     sample_rollouts(asked, config, processor, backend, weight_version="policy")
     steps = ProcessConfig(
         store=out / "store",
         out=out / "steps",
+        choose=size.choose,
         num_continuations=size.continuations,
         rules=RULES,
         threshold=size.threshold,

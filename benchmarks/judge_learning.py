@@ -1,10 +1,11 @@
 """How many labels does a small judge need before it checks anything? Planted errors, true labels.
 
 A process reward model is trained on numbers found by their sum (`cascadevl.tasks.subset_sum`), half
-of them with one wrong number, each step labelled by the truth: no continuation, no noise, no
-solution seen twice. Its macro-F1 on held-out solutions is printed as it learns, beside that of
-calling every step right and of an answer that knows nothing but which step it is. A run goes on
-from its last checkpoint, and the curve is kept beside it.
+of them with one wrong number, each step labelled by the truth: no continuation, no noise, and no
+solution seen twice unless there are to be only so many (``--scenes``). Its macro-F1 on held-out
+solutions is printed as it learns, beside that of calling every step right and of an answer that
+knows nothing but which step it is. A run goes on from its last checkpoint, and the curve is kept
+beside it.
 
 Cost, an estimate: half a core-hour for 1,500 steps of 64 solutions.
 Run: ``python benchmarks/judge_learning.py --difficulty easy --threads 1``. The last line is one
@@ -49,7 +50,7 @@ class Planted:
 
     name = "planted"
 
-    def __init__(self, difficulty: str, split: Split, seed: int, length: int = NUM_SCENES) -> None:
+    def __init__(self, difficulty: str, split: Split, seed: int, length: int) -> None:
         """Name the material."""
         tasks = [SubsetSum(difficulty=difficulty)]
         self.asked = TaskProblems(tasks=tasks, num_scenes=length, seed=seed, split=split)
@@ -142,7 +143,7 @@ def learned(args: argparse.Namespace, difficulty: str) -> list[dict[str, float]]
         print(difficulty, {name: round(value, 3) for name, value in row.items()}, flush=True)
 
     sources: Sequence[WeightedSource] = [
-        WeightedSource(source=Planted(difficulty, "train", args.seed))
+        WeightedSource(source=Planted(difficulty, "train", args.seed, args.scenes))
     ]
     finished(prm(config, sources=sources, on_step=measure, console=quiet()))
     rows = [json.loads(line) for line in curve.read_text("utf-8").splitlines()]
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--difficulty", nargs="+", choices=[*LEVELS], default=["easy", "full"])
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--row", type=int, default=64, help="solutions of a step")
+    parser.add_argument("--scenes", type=int, default=NUM_SCENES, help="different solutions")
     parser.add_argument("--every", type=int, default=250, help="steps between measurements")
     parser.add_argument("--questions", type=int, default=200, help="held out, to be measured on")
     parser.add_argument("--seed", type=int, default=80, help="of the solutions")
@@ -172,7 +174,17 @@ def main() -> None:
             for row in curve
         ]
         print(f"\n{difficulty}\n\n{markdown(list(curve[0]), rows)}")
-    print(json.dumps({"model": args.model, "steps": args.steps, "row": args.row, **curves}))
+    print(
+        json.dumps(
+            {
+                "model": args.model,
+                "steps": args.steps,
+                "row": args.row,
+                "scenes": args.scenes,
+                **curves,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

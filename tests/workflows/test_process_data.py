@@ -200,6 +200,7 @@ def test_a_continuation_goes_on_where_the_step_ends(tmp_path: Path, model: MODEL
     [
         ({"threshold": 0.25}, [[0.25, 1.0, 1.0], [0.25, 0.0, 0.0]], 4),
         ({"num_solutions": 1}, [[0.25, 1.0, 1.0]], 0),
+        ({"choose": "balanced", "num_solutions": 3}, [[0.25, 1.0, 1.0], [0.25, 0.0, 0.0]], 2),
         ({"rules": StepRules(max_steps=2)}, [[1.0, 1.0], [0.0, 0.0]], 2),
         ({"rules": StepRules(max_steps=1)}, [[1.0], [0.0]], 1),
     ],
@@ -211,6 +212,32 @@ def test_counts_and_threshold_are_chosen(
     report = judged(rollouts, tmp_path / "out", Scripted(says(model[1])), model[1], **values)
     assert [row["mc"] for row in rows(tmp_path / "out").values()] == mc
     assert report.num_minus == minus
+
+
+def test_as_many_right_as_wrong_solutions_or_none(tmp_path: Path, model: MODEL) -> None:
+    wrong = [answer(f"{WRONG}{number}") for number in range(5)]
+    right = [answer(RIGHT, correct=True), answer(LONG, correct=True)]
+    asked = [
+        question("a", *wrong, *right, right[0]),
+        question("b", *wrong[:2]),
+        question("c", right[1]),
+        question("d", wrong[0], right[1], wrong[1]),
+    ]
+    report = judged(
+        store(tmp_path / "s", asked),
+        tmp_path / "out",
+        Scripted(says(model[1])),
+        model[1],
+        choose="balanced",
+    )
+    assert report.outcomes == {"one_sided": 2, "used": 2}
+    assert (report.num_solutions, report.num_right) == (6, 3)
+    ends = {name: row["mc"][-1] for name, row in rows(tmp_path / "out").items()}
+    assert ends == {f"balls:a/{number}": float(number % 2 == 0) for number in range(4)} | {
+        f"balls:d/{number}": float(number == 0) for number in range(2)
+    }
+    with pytest.raises(ConfigError, match="nothing can be balanced"):
+        ProcessConfig(store=tmp_path, out=tmp_path, choose="balanced", num_solutions=1)
 
 
 @pytest.mark.parametrize("kill_after", [0, 1, 5, 9])

@@ -50,6 +50,12 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         "--num-solutions", type=positive_int, default=4, metavar="N", help="of a question (4)"
     )
     group.add_argument(
+        "--balanced",
+        action="store_true",
+        help="as many solutions that end right as end wrong, of questions that have both: sample "
+        "more of them first, with data rollouts",
+    )
+    group.add_argument(
         "--num-continuations", type=positive_int, default=16, metavar="N", help="of a step (16)"
     )
     group.add_argument(
@@ -111,6 +117,7 @@ def _config(args: argparse.Namespace) -> ProcessConfig:
         store=args.store,
         out=args.out,
         num_solutions=args.num_solutions,
+        choose="balanced" if args.balanced else "first",
         num_continuations=args.num_continuations,
         rules=StepRules(separator="\n" if args.lines else "\n\n", max_steps=args.max_steps),
         threshold=args.threshold,

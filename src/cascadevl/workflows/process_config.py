@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from cascadevl.engine.sampling import SamplingParams
 from cascadevl.errors import ConfigError, DataError, RequestError
 from cascadevl.model.v2pe import Increments
 from cascadevl.scoring.steps import StepRules
+
+Choice: TypeAlias = Literal["first", "balanced"]
+"""Which solutions of a question are judged."""
 
 
 def _sampling() -> SamplingParams:
@@ -24,7 +27,9 @@ class ProcessConfig:
     Attributes:
         store: Folder of the rollouts, whose answers are the solutions.
         out: Folder of the data.
-        num_solutions: Most solutions of a question: its first ones that differ.
+        num_solutions: Most solutions of a question, which differ.
+        choose: Its ``first`` ones; or ``balanced``, right and wrong ones in turn as long as there
+            are both, and none of a question whose answers are all alike (docs/decisions/0051).
         num_continuations: Continuations from every step.
         rules: How solutions are taken apart.
         threshold: A step is labelled right if a larger share of its continuations is.
@@ -36,6 +41,7 @@ class ProcessConfig:
     store: Path
     out: Path
     num_solutions: int = 4  # VisualPRM
+    choose: Choice = "first"  # VisualPRM
     num_continuations: int = 16  # VisualPRM
     rules: StepRules = field(default_factory=StepRules)
     threshold: float = 0.0  # VisualPRM
@@ -52,6 +58,10 @@ class ProcessConfig:
         for name in ("num_solutions", "num_continuations"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.choose == "balanced" and self.num_solutions < 2:
+            raise ConfigError(
+                "num_solutions is 1, of which nothing can be balanced; ask for 2 or more"
+            )
         if not 0 <= self.threshold < 1:
             raise ConfigError(
                 f"threshold is {self.threshold}; it is a share of continuations, from 0 to below 1"
@@ -71,7 +81,8 @@ class ProcessReport:
 
     Attributes:
         outcomes: Questions by what came of them, of all attempts: ``used``, ``guessable``,
-            ``open`` (no reference), ``no_solution`` (no finished one with steps).
+            ``open`` (no reference), ``no_solution`` (no finished one with steps), ``one_sided``
+            (all right or all wrong, where solutions are balanced).
         num_solutions: Judged solutions.
         num_right: Those of them that end in the right answer.
         num_steps: Their steps.

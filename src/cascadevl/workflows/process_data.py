@@ -176,24 +176,31 @@ class _Judging:
         elif self.guessing.chance(_asked(rollout)) >= self.config.max_chance:
             question.outcome = "guessable"
         else:
-            question.solutions = list(self._solutions(rollout, question.counts))
-            question.outcome = "used" if question.solutions else "no_solution"
+            self._choose(question)
         return question
 
-    def _solutions(self, rollout: Rollout, counts: Counter[str]) -> Iterator[_Solution]:
-        """The first finished answers that differ, in steps; of the last step the end is known."""
+    def _choose(self, question: _Question) -> None:
+        """Take the solutions that are judged; of the last step of each the end is known."""
+        finished = self._finished(question)
+        chosen = _balanced(finished) if self.config.choose == "balanced" else finished
+        for answer in chosen[: self.config.num_solutions]:
+            steps = steps_of(answer.text, self.config.rules)
+            mc = [None] * (len(steps) - 1) + [float(answer.correct)]
+            question.solutions.append(_Solution(answer, steps, mc))
+        question.outcome = "used" if chosen else "one_sided" if finished else "no_solution"
+
+    def _finished(self, question: _Question) -> list[SampledAnswer]:
+        """The answers that came to their end and differ."""
         texts = dict[str, SampledAnswer]()
-        for answer in rollout.answers:
+        for answer in question.rollout.answers:
             text = answer.text.strip()
             if answer.finish_reason != "stop" or not text or text in texts:
                 continue
             if self.processor.template.reasoning is not None and "<think>" in text:
-                counts["skipped/in_reasoning"] += 1  # the template would close it
+                question.counts["skipped/in_reasoning"] += 1  # the template would close it
                 continue
             texts[text] = answer
-        for answer in list(texts.values())[: self.config.num_solutions]:
-            steps = steps_of(answer.text, self.config.rules)
-            yield _Solution(answer, steps, [None] * (len(steps) - 1) + [float(answer.correct)])
+        return list(texts.values())
 
     def _steps(self, question: _Question) -> Iterator[tuple[_Continued, Request]]:
         rules, name = self.config.rules, question.rollout.problem_id
@@ -210,6 +217,13 @@ class _Judging:
                     increments=self.config.increments,
                 )
                 yield _Continued(question, solution, place, begun), request
+
+
+def _balanced(answers: Sequence[SampledAnswer]) -> list[SampledAnswer]:
+    """Right and wrong answers in turn, as long as there are both."""
+    right = [answer for answer in answers if answer.correct]
+    wrong = [answer for answer in answers if not answer.correct]
+    return [answer for pair in zip(right, wrong, strict=False) for answer in pair]
 
 
 def _count(completions: Sequence[Completion], counts: Counter[str]) -> None:
