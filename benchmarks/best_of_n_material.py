@@ -76,7 +76,7 @@ class Size:
     judged_samples: int = 16
     continuations: int = 16  # VisualPRM
     threshold: float = 0.0  # VisualPRM
-    judge_steps: int = 400
+    judge_steps: int = 800
     judge_row: int = 64
     exam_scenes: int = 200
     planted_scenes: int = 100
