@@ -124,20 +124,20 @@ class Sides:
         self.budgets: dict[str, VisualBudget | None] = {PLAIN: None, **BUDGETS}
         self.engines |= dict.fromkeys(BUDGETS, both)
 
+    @torch.no_grad()
+    def encoded(self, case: Case) -> list[VisualFeatures]:
+        """The pictures of a case, encoded before, where that is not to be timed."""
+        pixels = [normalise(each).to(self.flash.dtype) for each in case.pictures]
+        return [self.flash.encode_images(each) for each in pixels]
+
+    @torch.no_grad()
     def requests(
-        self, side: str, case: Case, how: SamplingParams, *, encoded: bool
+        self, side: str, case: Case, how: SamplingParams, features: Sequence[VisualFeatures]
     ) -> list[Request]:
-        """What a side is asked; with its pictures encoded before, if that is not to be timed."""
-        features: list[VisualFeatures] = []
-        if encoded:
-            with torch.no_grad():
-                pixels = [normalise(each).to(self.flash.dtype) for each in case.pictures]
-                found = [self.flash.encode_images(each) for each in pixels]
-            if side == PLAIN:
-                project = self.flash.model.multi_modal_projector
-                with torch.no_grad():
-                    found = [VisualFeatures(projected=project(each.patches)) for each in found]
-            features = found
+        """What a side is asked; the plain one is given visual tokens in place of features."""
+        if side == PLAIN:
+            project = self.flash.model.multi_modal_projector
+            features = [VisualFeatures(projected=project(each.patches)) for each in features]
         return case.requests(self.budgets[side], features, how)
 
     def seconds(self, side: str, requests: Sequence[Request]) -> float:
@@ -217,9 +217,10 @@ def compare(name: str, config: CascadeVLConfig, args: argparse.Namespace) -> dic
             number = args.requests if measure == "rate" else 1
             new = args.new_tokens if measure == "rate" else 1
             how = SamplingParams(max_tokens=new, ignore_eos=True)
+            case = make_case(config, args, number=number, seed=1 + repetition)
+            features = sides.encoded(case) if measure == "prefill" else []
             for side in sides.budgets:
-                case = make_case(config, args, number=number, seed=1 + repetition)
-                requests = sides.requests(side, case, how, encoded=measure == "prefill")
+                requests = sides.requests(side, case, how, features)
                 seconds = sides.seconds(side, requests)
                 if repetition:
                     timed[measure][side].append(seconds / number)
@@ -297,9 +298,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tiles", type=int, default=7, help="tiles of a picture")
     parser.add_argument("--text-tokens", type=int, default=30, help="text of a prompt")
-    parser.add_argument("--requests", type=int, default=4, help="at once, for requests a second")
+    parser.add_argument("--requests", type=int, default=2, help="at once, for requests a second")
     parser.add_argument("--new-tokens", type=int, default=8, help="of an answer, likewise")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it works")
     parser.add_argument("--out", type=Path, help="write the JSON document here too")
