@@ -57,6 +57,7 @@ class Size:
         sft_steps: Steps of it.
         judged_scenes: Scenes whose solutions are judged.
         judged_samples: Answers drawn to each, of which up to four are judged, right and wrong ones.
+        choose: Which solutions are judged.
         continuations: Of every step.
         threshold: A step is right if a larger share of its continuations is.
         judge_steps: Steps of training each judge.
@@ -65,7 +66,6 @@ class Size:
         planted_scenes: Scenes of planted errors, to choose the threshold and again to be measured.
         num_samples: Answers drawn to a held-out question.
         temperatures: Of these, each a comparison of its own.
-        choose: Which solutions are judged.
         max_tokens: Of an answer.
     """
 
@@ -74,6 +74,7 @@ class Size:
     sft_steps: int = 250
     judged_scenes: int = 3000
     judged_samples: int = 16
+    choose: Choice = "balanced"  # the policy is right once in ten answers
     continuations: int = 16  # VisualPRM
     threshold: float = 0.0  # VisualPRM
     judge_steps: int = 800
@@ -81,7 +82,6 @@ class Size:
     exam_scenes: int = 200
     planted_scenes: int = 100
     num_samples: int = 32
-    choose: Choice = "balanced"  # the policy is right once in ten answers
     temperatures: tuple[float, ...] = (0.7, 1.0)
     max_tokens: int = 96
 

@@ -198,12 +198,17 @@ def table(summary: Mapping[str, Any]) -> str:
             seeds = ", ".join(f"{value:.1f}" for value in found[kind]["seeds"])
             pools += [written(found[kind]), seeds]
         minutes = sum(found["seconds"]) / len(found["seconds"]) / 60
-        flops = sum(found["flops"]) / len(found["flops"]) / 1e12
+        flops = tflop(found)
         scores = [written(found["rows"][name]) for name in names]
         rows.append([arm, *pools, *scores, f"{minutes:.1f}", f"{flops:.3f}"])
     constants = [f"{summary[START]['constant'][name]:.1f}" for name in names]
     rows.append(["most frequent answer", *[""] * 2 * len(kinds), *constants, "", ""])
     return markdown(header, rows)
+
+
+def tflop(found: Mapping[str, Any]) -> float:
+    """Operations of an arm, the mean of its seeds."""
+    return float(sum(found["flops"]) / len(found["flops"]) / 1e12)
 
 
 def lead_table(summary: Mapping[str, Any]) -> str:
@@ -222,10 +227,10 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    most = max(sum(found["flops"]) / len(found["flops"]) / 1e12 for found in summary.values())
+    most = max(tflop(found) for found in summary.values())
     for arm, found in summary.items():
         score = found["greedy"]
-        flops = sum(found["flops"]) / len(found["flops"]) / 1e12
+        flops = tflop(found)
         interval = [[score["percent"] - score["low"]], [score["high"] - score["percent"]]]
         axes.errorbar([flops], [score["percent"]], yerr=interval, fmt="o", capsize=4, label=arm)
         side = -1 if flops > most / 2 else 1  # names stay within the frame

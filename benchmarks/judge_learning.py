@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from best_of_n_material import CONFIGS, RULES, each_of
+from best_of_n_material import CONFIGS, RULES, Size, each_of, questions
 from best_of_n_tasks import plant
 from experiment import finished, markdown, quiet
 
@@ -35,9 +35,8 @@ from cascadevl.engine.process_reward import ProcessRewardModel
 from cascadevl.host_memory import keep_freed_memory
 from cascadevl.model.loading import load
 from cascadevl.scoring.steps import best_threshold, macro_f1, steps_of
-from cascadevl.tasks.base import Split
-from cascadevl.tasks.problems import Problem, TaskProblems
-from cascadevl.tasks.subset_sum import LEVELS, SubsetSum
+from cascadevl.tasks.problems import Problem
+from cascadevl.tasks.subset_sum import LEVELS
 from cascadevl.train.loop import TrainState
 from cascadevl.train.prm import PRMConfig, prm
 from cascadevl.types import Batch, Record
@@ -50,10 +49,9 @@ class Planted:
 
     name = "planted"
 
-    def __init__(self, difficulty: str, split: Split, seed: int, length: int) -> None:
+    def __init__(self, difficulty: str, seed: int, length: int) -> None:
         """Name the material."""
-        tasks = [SubsetSum(difficulty=difficulty)]
-        self.asked = TaskProblems(tasks=tasks, num_scenes=length, seed=seed, split=split)
+        self.asked = questions(Size(difficulty=difficulty), length, seed)
         self.seed = seed
 
     def __len__(self) -> int:
@@ -84,9 +82,7 @@ def held_out(
     """Scores, truth and kind of step of held-out solutions."""
     rng = np.random.default_rng(seed)
     found: dict[str, list[Any]] = {"scores": [], "truth": [], "which": []}
-    tasks = [SubsetSum(difficulty=difficulty)]
-    asked = TaskProblems(tasks=tasks, num_scenes=num, seed=seed, split="test")
-    for problem in each_of(asked):
+    for problem in each_of(questions(Size(difficulty=difficulty), num, seed, "test")):
         steps, labels = judged(problem, rng)
         (scored,) = judge([problem.prompt], [RULES.join(steps)])
         kind = problem.problem_id.split("/")[1]
@@ -143,7 +139,7 @@ def learned(args: argparse.Namespace, difficulty: str) -> list[dict[str, float]]
         print(difficulty, {name: round(value, 3) for name, value in row.items()}, flush=True)
 
     sources: Sequence[WeightedSource] = [
-        WeightedSource(source=Planted(difficulty, "train", args.seed, args.scenes))
+        WeightedSource(source=Planted(difficulty, args.seed, args.scenes))
     ]
     finished(prm(config, sources=sources, on_step=measure, console=quiet()))
     rows = [json.loads(line) for line in curve.read_text("utf-8").splitlines()]
