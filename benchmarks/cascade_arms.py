@@ -44,6 +44,9 @@ ARMS: dict[str, tuple[StageName, ...]] = {
 TWICE = "GSPO, twice as long"
 START = "start"
 
+DRAWN = ", drawn at "
+"""In the names of rows whose answers are sampled; before it stands the row of greedy ones."""
+
 
 def main() -> None:
     """Run what is missing, and write table and picture."""
@@ -164,9 +167,7 @@ def _by_answering(rows: Mapping[str, Sequence[list[bool]]]) -> dict[str, dict[st
     """All rows of greedy answers together, and all of drawn ones."""
     found: dict[str, list[list[bool]]] = {}
     for name, right in rows.items():
-        seeds = found.setdefault(
-            "drawn" if ", drawn at " in name else "greedy", [[] for _ in right]
-        )
+        seeds = found.setdefault("drawn" if DRAWN in name else "greedy", [[] for _ in right])
         for own, more in zip(seeds, right, strict=True):
             own += more
     return {kind: pooled(seeds) for kind, seeds in found.items()}
@@ -223,27 +224,34 @@ def lead_table(summary: Mapping[str, Any]) -> str:
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
-    """Score against operations, an arm a point with its interval."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    """Score against operations: a panel a kind of questions, an arm a point with its interval."""
+    names = list(summary[START]["rows"])
+    kinds = [name for name in names if DRAWN not in name]
+    figure = Figure(figsize=(1 + 3.2 * len(kinds), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    most = max(tflop(found) for found in summary.values())
-    for arm, found in summary.items():
-        score = found["greedy"]
-        flops = tflop(found)
-        interval = [[score["percent"] - score["low"]], [score["high"] - score["percent"]]]
-        axes.errorbar([flops], [score["percent"]], yerr=interval, fmt="o", capsize=4, label=arm)
-        side = -1 if flops > most / 2 else 1  # names stay within the frame
-        axes.annotate(
-            arm,
-            (flops, score["percent"]),
-            xytext=(6 * side, 4),
-            textcoords="offset points",
-            ha="left" if side > 0 else "right",
-        )
-    axes.set_xlabel("operations after fine-tuning, TFLOP")
-    axes.set_ylabel("percent of greedy answers that are right, 95 % interval")
-    axes.margins(0.18)
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        for arm, found in summary.items():
+            (line,) = axes.plot([], [], "o", label=arm)
+            for name in names:
+                if name.partition(DRAWN)[0] != kind:
+                    continue
+                score = found["rows"][name]
+                axes.errorbar(
+                    [tflop(found)],
+                    [score["percent"]],
+                    yerr=[[score["percent"] - score["low"]], [score["high"] - score["percent"]]],
+                    fmt="o",
+                    capsize=4,
+                    color=line.get_color(),
+                    markerfacecolor=line.get_color() if name == kind else "white",
+                )
+        axes.set_title(kind)
+        axes.margins(0.1)
+    figure.supxlabel("operations after fine-tuning, TFLOP", fontsize="medium")
+    figure.supylabel("percent right of greedy (full) and drawn (hollow) answers", fontsize="medium")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
