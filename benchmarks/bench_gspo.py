@@ -56,8 +56,8 @@ from cascadevl.train.loop import RunConfig, TrainState
 from cascadevl.train.optim import OptimConfig, Optimiser, set_precision
 from cascadevl.train.questions import Asked, Asker, QuestionStream
 from cascadevl.train.rollouts import Sampler, compared, judge
-from cascadevl.train.run import make_trainable
 from cascadevl.train.sources import collate_config, example_builder
+from cascadevl.train.start import make_trainable
 
 CLIP = 0.2
 CHANCE = np.random.default_rng(0)

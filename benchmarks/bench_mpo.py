@@ -60,7 +60,7 @@ from cascadevl.train.logprobs import answer_logprobs
 from cascadevl.train.loop import TrainState, update
 from cascadevl.train.mpo_objective import ShiftMemory, mpo_objective
 from cascadevl.train.optim import OptimConfig, Optimiser
-from cascadevl.train.run import from_scratch, make_trainable
+from cascadevl.train.start import from_scratch, make_trainable
 from cascadevl.types import NO_PARENT, Example
 
 KINDS = ("images", "text")

@@ -40,8 +40,8 @@ from cascadevl.train.config import DataConfig, ModelConfig
 from cascadevl.train.loop import TrainState, update
 from cascadevl.train.objective import NEXT_TOKEN
 from cascadevl.train.optim import OptimConfig, Optimiser
-from cascadevl.train.run import from_scratch, make_trainable
 from cascadevl.train.sources import example_builder
+from cascadevl.train.start import from_scratch, make_trainable
 from cascadevl.types import Batch, Example
 from cascadevl.workflows import nano
 

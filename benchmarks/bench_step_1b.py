@@ -47,7 +47,7 @@ from cascadevl.train.config import ModelConfig
 from cascadevl.train.loop import TrainState, update
 from cascadevl.train.objective import NEXT_TOKEN
 from cascadevl.train.optim import OptimConfig, Optimiser
-from cascadevl.train.run import make_trainable
+from cascadevl.train.start import make_trainable
 from cascadevl.types import Batch, Example
 
 VOCAB = 151936

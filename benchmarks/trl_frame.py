@@ -20,7 +20,7 @@ from cascadevl.host_memory import keep_freed_memory
 from cascadevl.model.loading import save
 from cascadevl.sequence import Expanded, expand
 from cascadevl.train.config import ModelConfig
-from cascadevl.train.run import from_scratch
+from cascadevl.train.start import from_scratch
 from cascadevl.types import Example
 from cascadevl.workflows import nano
 

@@ -18,7 +18,7 @@ from cascadevl.model.flash import add_flash
 from cascadevl.model.loading import save
 from cascadevl.model.routing import KeepShare
 from cascadevl.train.config import ModelConfig
-from cascadevl.train.run import from_scratch
+from cascadevl.train.start import from_scratch
 from cascadevl.types import ImageRef, Message
 from cascadevl.workflows.show_drawing import draw
 from cascadevl.workflows.show_router import lay_out_routed

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
+import cascadevl
 from cascadevl.cli.main import main, make_parser
 from cascadevl.cli.train import marked_text, read_config, split_words
 from cascadevl.config import load_config
@@ -263,3 +267,36 @@ def test_training_leaves_a_model_that_every_command_takes(
     assert main(["convert", str(model), str(converted), "--to", "github"]) == 0
     assert f"wrote {converted} in the github layout" in capsys.readouterr().out
     assert (converted / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_torchrun_divides_a_model_among_processes(material: Path, tmp_path: Path):
+    run = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "cascadevl",
+    ]
+    short = ["--run.num_steps", "2", "--batch.row_tokens", "128", "--batch.row_tiles", "6"]
+    more = [
+        *short,
+        "--data.max_tokens=128",
+        "--model.shard",
+        "full",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(
+        [sys.executable, *run, *words(material, *more)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 steps, loss") == 1  # one process speaks for all
+    model, _ = cascadevl.load(tmp_path / "run" / "model")
+    assert not any(parameter.is_meta for parameter in model.parameters())

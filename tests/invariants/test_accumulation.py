@@ -24,8 +24,8 @@ from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.train.loop import TrainState, update
 from cascadevl.train.objective import NEXT_TOKEN
 from cascadevl.train.optim import OptimConfig, Optimiser
-from cascadevl.train.run import from_scratch, make_trainable
 from cascadevl.train.sources import example_config
+from cascadevl.train.start import from_scratch, make_trainable
 from cascadevl.types import Batch, Example, Message, Record
 
 TEXTS = (

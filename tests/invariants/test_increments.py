@@ -24,8 +24,8 @@ from cascadevl.errors import DataError
 from cascadevl.sequence import INCREMENTS, num_positions
 from cascadevl.train.config import ModelConfig
 from cascadevl.train.pretrain import pretrain
-from cascadevl.train.run import from_scratch
 from cascadevl.train.sources import open_stream
+from cascadevl.train.start import from_scratch
 from cascadevl.types import NO_PARENT, Batch, Example, ImageRef, Message, Record, VideoRef
 
 TOKENS_PER_TILE = 4

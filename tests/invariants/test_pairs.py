@@ -19,8 +19,8 @@ from cascadevl.losses.mpo import MPOSettings, PairLogprobs, mpo_loss
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.train.logprobs import answer_lengths, answer_logprobs
 from cascadevl.train.mpo_objective import ShiftMemory, mpo_objective, pair_logprobs
-from cascadevl.train.run import make_trainable, start_from
 from cascadevl.train.sources import collate_config, example_builder
+from cascadevl.train.start import make_trainable, start_from
 from cascadevl.types import Batch, Example, Record
 
 SHIFT = 0.25

@@ -26,8 +26,8 @@ from cascadevl.train.config import TrainConfig
 from cascadevl.train.loop import TrainState
 from cascadevl.train.mixing import mixed
 from cascadevl.train.pretrain import pretrain
-from cascadevl.train.run import from_scratch
 from cascadevl.train.sources import example_builder, sources_of_meta
+from cascadevl.train.start import from_scratch
 from cascadevl.types import Batch
 
 NUM_STEPS, STOP = 5, 2

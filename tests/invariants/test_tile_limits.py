@@ -16,8 +16,8 @@ from tests.train.small_run import small_config, tokenizer
 
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.tiling import TilingConfig
-from cascadevl.train.run import from_scratch
 from cascadevl.train.sources import example_builder, open_stream, sources_of_meta
+from cascadevl.train.start import from_scratch
 
 WIDE = (6 * 56, 56)
 """A picture of six tiles side by side, if that many are allowed."""

@@ -20,7 +20,8 @@ from cascadevl.train.gspo_config import GSPOConfig, PolicyConfig, RolloutConfig
 from cascadevl.train.loop import RunConfig
 from cascadevl.train.lora import LoraConfig
 from cascadevl.train.optim import OptimConfig
-from cascadevl.train.run import TrainResult, from_scratch
+from cascadevl.train.run import TrainResult
+from cascadevl.train.start import from_scratch
 
 ENGINE = EngineConfig(
     num_pages=400

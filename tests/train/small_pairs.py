@@ -14,7 +14,7 @@ from cascadevl.data.mixture import WeightedSource
 from cascadevl.model.loading import save
 from cascadevl.train.config import ModelConfig, TrainConfig
 from cascadevl.train.mpo import MPOConfig, MPOSection
-from cascadevl.train.run import from_scratch
+from cascadevl.train.start import from_scratch
 from cascadevl.types import ImageRef, Message, Record
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")

@@ -18,7 +18,8 @@ from cascadevl.model.loading import save
 from cascadevl.train.config import ModelConfig, TrainConfig
 from cascadevl.train.router import router
 from cascadevl.train.router_config import RouterConfig, RouterSection
-from cascadevl.train.run import TrainResult, from_scratch
+from cascadevl.train.run import TrainResult
+from cascadevl.train.start import from_scratch
 from cascadevl.types import ImageRef, Message, Record
 
 PX = 112

@@ -35,8 +35,8 @@ from cascadevl.train.objective import NEXT_TOKEN
 from cascadevl.train.optim import Optimiser
 from cascadevl.train.posthoc import PosthocConfig, warmup_of
 from cascadevl.train.pretrain import pretrain
-from cascadevl.train.run import make_trainable
 from cascadevl.train.sft import sft
+from cascadevl.train.start import make_trainable
 from cascadevl.types import Batch
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}

@@ -25,8 +25,8 @@ from cascadevl.train import mixing
 from cascadevl.train.config import ModelConfig, TrainConfig
 from cascadevl.train.mixing import FACTS, mixed, with_weights
 from cascadevl.train.pretrain import pretrain
-from cascadevl.train.run import from_scratch
 from cascadevl.train.sources import example_builder
+from cascadevl.train.start import from_scratch
 
 TEXT = ("sums", "words")
 NUM_DRAWS = 2000

@@ -30,8 +30,9 @@ from cascadevl.train.lora import LoraConfig
 from cascadevl.train.mpo import MPOConfig, mpo
 from cascadevl.train.mpo_objective import ShiftMemory, pair_logprobs
 from cascadevl.train.optim import OptimConfig, Optimiser
-from cascadevl.train.run import TrainResult, start_from
+from cascadevl.train.run import TrainResult
 from cascadevl.train.sources import collate_config, example_builder
+from cascadevl.train.start import start_from
 
 NUM_STEPS = 6
 RECORDED = {

@@ -35,7 +35,7 @@ def config(out: Path, **values: Any) -> PosthocConfig:
 
 
 def test_only_the_projector_moves_in_the_warm_up_and_everything_afterwards(tmp_path: Path) -> None:
-    from cascadevl.train.run import from_scratch
+    from cascadevl.train.start import from_scratch
 
     settings = config(tmp_path)
     start, _ = from_scratch(settings.model, tokenizer(), seed=settings.run.seed)

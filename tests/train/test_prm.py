@@ -33,7 +33,7 @@ from cascadevl.train.checkpoint import latest, load
 from cascadevl.train.config import ModelConfig, TrainConfig
 from cascadevl.train.lora import LoraConfig
 from cascadevl.train.prm import PRMConfig, PRMSection, prm, process_reward_objective
-from cascadevl.train.run import from_scratch
+from cascadevl.train.start import from_scratch
 from cascadevl.types import Batch, ImageRef, Message, Record
 
 NUM_STEPS = 4
@@ -73,7 +73,10 @@ def solutions(*, brief: bool = True) -> tuple[WeightedSource, ...]:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prm") / "start"
+    return prm_start(tmp_path_factory.mktemp("prm") / "start")
+
+
+def prm_start(folder: Path) -> Path:
     records = [Solutions(brief=False)[number] for number in range(8)]
     texts = [turn.text for record in records for turn in record.messages]
     tokenizer = build_tokenizer(texts, 700)

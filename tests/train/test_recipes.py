@@ -25,9 +25,10 @@ from cascadevl.train.log import RunLog
 from cascadevl.train.loop import TrainState
 from cascadevl.train.optim import Optimiser
 from cascadevl.train.pretrain import pretrain
-from cascadevl.train.run import compile_bodies, from_scratch, make_trainable, take_up
+from cascadevl.train.run import compile_bodies, take_up
 from cascadevl.train.sft import sft
 from cascadevl.train.sources import example_config, open_stream, sources_of_meta
+from cascadevl.train.start import from_scratch, make_trainable
 from cascadevl.types import Batch
 
 

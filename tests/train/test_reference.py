@@ -19,8 +19,8 @@ from cascadevl.errors import ConfigError, TrainingError
 from cascadevl.train import reference as module
 from cascadevl.train.mpo import MPOConfig, mpo
 from cascadevl.train.reference import stored_reference
-from cascadevl.train.run import start_from
 from cascadevl.train.sources import collate_config, example_builder
+from cascadevl.train.start import start_from
 
 Known = dict[bytes, tuple[float, float]]
 

@@ -22,8 +22,9 @@ from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.train.loop import TrainState, update
 from cascadevl.train.lora import LoraConfig
 from cascadevl.train.optim import OptimConfig, Optimiser
-from cascadevl.train.run import TrainResult, start_from
+from cascadevl.train.run import TrainResult
 from cascadevl.train.sources import collate_config
+from cascadevl.train.start import start_from
 from cascadevl.train.vico import asking, heads_for, make_compressible, sample_builder, vico
 from cascadevl.train.vico_objective import by_view, consistency_objective
 from cascadevl.train.vico_reference import asked, frozen_copy

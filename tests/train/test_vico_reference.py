@@ -24,8 +24,8 @@ from cascadevl.tasks.base import TaskSource
 from cascadevl.tasks.printed import Printed
 from cascadevl.train import vico_reference as module
 from cascadevl.train.config import DataConfig, ModelConfig
-from cascadevl.train.run import start_from
 from cascadevl.train.sources import collate_config
+from cascadevl.train.start import start_from
 from cascadevl.train.vico import ViCOConfig, ViCOSection, make_compressible, sample_builder, vico
 from cascadevl.train.vico_reference import StoredTokens, asked, stored_tokens
 from cascadevl.types import Batch

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.model.loading import save
 from cascadevl.model.presets import nano_config
-from cascadevl.train import run as train_run
+from cascadevl.train import start as train_start
 from cascadevl.train.config import ModelConfig, TrainConfig
 from cascadevl.workflows import nano
 
@@ -41,8 +41,8 @@ def small_config(vocab_size: int, **overrides: Any) -> CascadeVLConfig:
 def save_small(folder: Path) -> Path:
     """A model of that shape with random weights, in a folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_run, "nano_config", small_config)
-        model, processor = train_run.from_scratch(ModelConfig(preset="nano"), tokenizer(), seed=1)
+        patch.setattr(train_start, "nano_config", small_config)
+        model, processor = train_start.from_scratch(ModelConfig(preset="nano"), tokenizer(), seed=1)
     save(model.to(torch.bfloat16), processor, folder)
     return folder
 
@@ -56,5 +56,5 @@ def shrink(patch: pytest.MonkeyPatch, *, row_samples: int = 3) -> None:
         return replace(config, batch=replace(config.batch, row_samples=row_samples))
 
     patch.setattr(nano, "tokenizer", lambda: made)
-    patch.setattr(train_run, "nano_config", small_config)
+    patch.setattr(train_start, "nano_config", small_config)
     patch.setattr(nano, "stage_config", small_stage)

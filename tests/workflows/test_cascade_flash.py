@@ -16,7 +16,7 @@ from cascadevl.config import load_config
 from cascadevl.errors import ConfigError
 from cascadevl.model.loading import save
 from cascadevl.train.config import ModelConfig
-from cascadevl.train.run import from_scratch
+from cascadevl.train.start import from_scratch
 from cascadevl.workflows.cascade import DONE, cascade
 from cascadevl.workflows.cascade_config import CascadeConfig
 

@@ -22,7 +22,7 @@ from cascadevl.model.flash import add_flash
 from cascadevl.model.loading import load, save
 from cascadevl.tasks.naming import task_named
 from cascadevl.train.config import ModelConfig
-from cascadevl.train.run import from_scratch
+from cascadevl.train.start import from_scratch
 from cascadevl.workflows.demonstration import Demonstration, begin, finish
 
 ROWS = [SuiteRow(name="shapes", task=task_named("shapes:full", px=224), num_questions=4)]

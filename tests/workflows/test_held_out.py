@@ -19,8 +19,8 @@ from cascadevl.errors import DataError
 from cascadevl.model.loading import load, save
 from cascadevl.sequence import expand
 from cascadevl.train.config import ModelConfig
-from cascadevl.train.run import from_scratch
 from cascadevl.train.sources import example_builder
+from cascadevl.train.start import from_scratch
 from cascadevl.workflows.held_out import held_out_losses
 
 

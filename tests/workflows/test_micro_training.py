@@ -15,8 +15,9 @@ from tests.workflows.small_nano import small_config, tokenizer
 
 import cascadevl
 from cascadevl.errors import ConfigError, TrainingError
-from cascadevl.train import run as train_run
+from cascadevl.train import start as train_start
 from cascadevl.train.config import TrainConfig
+from cascadevl.train.run import TrainResult
 from cascadevl.workflows import micro, micro_training
 
 SCALE = 1e-6  # two steps a stage
@@ -35,7 +36,7 @@ def small() -> Generator[None, None, None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(micro, "tokenizer", tokenizer)
         patch.setattr(micro, "stage_config", small_stage)
-        patch.setattr(train_run, "micro_config", small_config)
+        patch.setattr(train_start, "micro_config", small_config)
         patch.setattr(micro_training, "CURVE_QUESTIONS", 1)
         patch.setattr(micro_training, "ANSWER_TOKENS", 4)
         yield
@@ -104,7 +105,7 @@ def test_a_stage_needs_what_it_starts_from(tmp_path: Path) -> None:
 def test_a_stage_that_was_stopped_is_told(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped = train_run.TrainResult(
+    stopped = TrainResult(
         steps=1, finished=False, loss=None, counters={}, skipped={}, model_path=None
     )
     monkeypatch.setattr(micro_training, "pretrain", lambda *args, **settings: stopped)

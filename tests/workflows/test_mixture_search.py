@@ -19,7 +19,7 @@ from cascadevl.errors import ConfigError, TrainingError
 from cascadevl.model.loading import load
 from cascadevl.model.presets import nano_config
 from cascadevl.tasks.naming import held_out, open_entry
-from cascadevl.train import run as train_run
+from cascadevl.train import start as train_start
 from cascadevl.train.config import TrainConfig
 from cascadevl.train.pretrain import pretrain
 from cascadevl.train.run import TrainResult
@@ -43,7 +43,7 @@ def small() -> Generator[None, None, None]:
         return made(vocab_size, vision_config=vision, text_config=text, **overrides)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_run, "nano_config", small_nano)
+        patch.setattr(train_start, "nano_config", small_nano)
         yield
 
 

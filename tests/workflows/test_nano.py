@@ -14,8 +14,8 @@ from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.eval.suite import draw_row
 from cascadevl.tasks.base import DESCRIBE_PROMPT, TaskSource
 from cascadevl.train.config import ModelConfig
-from cascadevl.train.run import from_scratch
 from cascadevl.train.sources import example_config
+from cascadevl.train.start import from_scratch
 from cascadevl.workflows import nano, nano_demo
 from cascadevl.workflows.demonstration import EXAM_SEED
 

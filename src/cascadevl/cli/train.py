@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from cascadevl.train.config import TrainConfig
+    from cascadevl.train.run import TrainResult
     from cascadevl.workflows.dry_run import SeenSample
 
 NUM_SAMPLES = 3
@@ -189,6 +190,17 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def _train(stage: str, config: TrainConfig) -> int:
+    from accelerate import PartialState
+
+    result = _trained(stage, config)
+    state = PartialState()
+    if state.is_main_process:
+        print_result(result)
+    state.destroy_process_group()
+    return 0 if result.finished else STOPPED  # the log says how to go on
+
+
+def _trained(stage: str, config: TrainConfig) -> TrainResult:
     from cascadevl.train.gspo import gspo
     from cascadevl.train.gspo_config import GSPOConfig
     from cascadevl.train.mpo import MPOConfig, mpo
@@ -201,27 +213,33 @@ def _train(stage: str, config: TrainConfig) -> int:
     from cascadevl.train.vico import ViCOConfig, vico
 
     if isinstance(config, PosthocConfig):
-        result = posthoc(config)
-    elif isinstance(config, MPOConfig):
-        result = mpo(config)
-    elif isinstance(config, GSPOConfig):
-        result = gspo(config)
-    elif isinstance(config, PRMConfig):
-        result = prm(config)
-    elif isinstance(config, ViCOConfig):
-        result = vico(config)
-    elif isinstance(config, RouterConfig):
-        result = router(config)
-    else:
-        result = {"pretrain": pretrain, "sft": sft}[stage](config)
+        return posthoc(config)
+    if isinstance(config, MPOConfig):
+        return mpo(config)
+    if isinstance(config, GSPOConfig):
+        return gspo(config)
+    if isinstance(config, PRMConfig):
+        return prm(config)
+    if isinstance(config, ViCOConfig):
+        return vico(config)
+    if isinstance(config, RouterConfig):
+        return router(config)
+    return {"pretrain": pretrain, "sft": sft}[stage](config)
+
+
+def print_result(result: TrainResult) -> None:
+    """Print what was left out, and where the model is.
+
+    Args:
+        result: Of the run.
+    """
     for (dataset, kind), count in sorted(result.skipped.items()):
         print(f"left out: {count} x {kind} of {dataset}", file=sys.stderr)
     if not result.finished:
-        return STOPPED  # the log says how to go on
+        return
     print(f"{result.steps} steps, loss {result.loss:.4f}; the model is in {result.model_path}")
     if result.adapter_path not in (None, result.model_path):
         print(f"the adapter alone is in {result.adapter_path}")
-    return 0
 
 
 def _dry_run(config: TrainConfig) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -25,6 +25,7 @@ ADAPTER = "default"
 
 _MARK = ".lora_"
 _SAMPLED = 16  # values of each base tensor that enter its fingerprint
+_NOTED = "noted_fingerprint"
 
 
 def inject(model: nn.Module, config: peft.LoraConfig) -> None:
@@ -155,14 +156,52 @@ def fingerprint(model: nn.Module) -> str:
     """A short word that tells base models apart, whatever their precision and their adapters.
 
     It is made of the first values of every tensor, rounded to bfloat16: another stage of the same
-    shape differs in nearly all of them.
+    shape differs in nearly all of them. Of a model that was divided it is the one noted before.
     """
+    noted: str | None = getattr(model, _NOTED, None)
+    return noted if noted is not None else _digest(first_values(model.named_parameters()))
+
+
+def first_values(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, bytes]:
+    """The first values of base weights, by their plain names.
+
+    Args:
+        parameters: By name; adapters are left out.
+    """
+    return {
+        plain_name(name): p.detach()
+        .flatten()[:_SAMPLED]
+        .to(torch.bfloat16)
+        .cpu()
+        .view(torch.int16)
+        .numpy()
+        .tobytes()
+        for name, p in parameters
+        if not is_adapter(name)
+    }
+
+
+def _digest(values: Mapping[str, bytes]) -> str:
     digest = hashlib.sha256()
-    base = {plain_name(n): p for n, p in model.named_parameters() if not is_adapter(n)}
-    for name in sorted(base):
-        values = base[name].detach().flatten()[:_SAMPLED].to(torch.bfloat16).cpu()
-        digest.update(name.encode() + values.view(torch.int16).numpy().tobytes())
+    for name in sorted(values):
+        digest.update(name.encode() + values[name])
     return digest.hexdigest()[:16]
+
+
+def note_fingerprint(model: nn.Module, values: Mapping[str, bytes]) -> None:
+    """Keep a model's fingerprint, because its values are no longer at hand: it is divided.
+
+    Args:
+        model: The model.
+        values: `first_values` of all its weights.
+    """
+    setattr(model, _NOTED, _digest(values))
+
+
+def forget_fingerprint(model: nn.Module) -> None:
+    """Take a model's fingerprint anew from now on: its values are at hand again."""
+    if hasattr(model, _NOTED):
+        delattr(model, _NOTED)
 
 
 def _weight_name(layer: LoraLayer) -> str:

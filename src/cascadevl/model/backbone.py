@@ -56,6 +56,8 @@ class CascadeVLModel(InternVLPreTrainedModel):
         )
         use_lean_norms(self)
         self.drop_path = DropPath(self.vision_tower.encoder.layer, float(config.drop_path_rate))
+        # Of a model that processes share: whether any of them has tiles in the call at hand.
+        self.looks_along: bool | None = None
         self.post_init()  # type: ignore[no-untyped-call]
 
     def patch_features(
@@ -178,6 +180,28 @@ class CascadeVLModel(InternVLPreTrainedModel):
         if visual is None:
             return embeds
         return embeds.flatten(0, 1).index_copy(0, visual_index, flat.to(embeds)).view_as(embeds)
+
+    def keep_company(
+        self, embeds: Float[Tensor, "rows tokens hidden"], *, has_looked: bool
+    ) -> Float[Tensor, "rows tokens hidden"]:
+        """The same embeddings, made with all weights that other processes use in this call.
+
+        Processes that share a model put its weights together, and add up their gradients, in step:
+        the vision tower's if any of them has tiles, and both projectors' whatever a tile needs.
+
+        Args:
+            embeds: Embeddings of the rows, visual tokens in their places.
+            has_looked: Whether this process has encoded tiles.
+        """
+        assert self.looks_along is not None, "nobody shares this model"
+        used = [p for each in self._projectors().values() for p in each.parameters()]
+        nothing = torch.stack([p.sum() for p in used if p.requires_grad] or [embeds.new_zeros(())])
+        along = nothing.sum() * 0
+        if self.looks_along and not has_looked:
+            px = self.config.tile_px
+            tile = torch.zeros(1, px, px, 3, dtype=torch.uint8, device=embeds.device)
+            along = along + self.patch_features(normalise(tile)).sum() * 0
+        return embeds + along.to(embeds.dtype)
 
     def layout(
         self, segments: Int[Tensor, "rows tokens"], parents: Int[Tensor, "rows tokens"]

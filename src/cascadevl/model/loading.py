@@ -29,6 +29,7 @@ from cascadevl.model.modeling import CascadeVLForConditionalGeneration
 from cascadevl.model.repository_files import adopt_settings, generation_config, load_processor
 from cascadevl.model.shipped import SHIPPED, shipped_folder
 from cascadevl.model.tensor_files import MAX_SHARD_BYTES, new_folder
+from cascadevl.model.unread import leave_unread
 from cascadevl.model.zoo import ZOO
 
 
@@ -38,6 +39,7 @@ def load(
     base: str | Path | None = None,
     dtype: torch.dtype | Literal["auto"] = "auto",
     device: torch.device | str = "cpu",
+    lazily: bool = False,
 ) -> tuple[CascadeVLForConditionalGeneration, CascadeVLProcessor]:
     """Open a checkpoint of any released format, or one of ours, or an adapter and its base.
 
@@ -51,6 +53,8 @@ def load(
         base: Of an adapter: its base model, if that is no longer where it was in training.
         dtype: Type of the weights; ``"auto"`` keeps what the files hold.
         device: Where the weights go.
+        lazily: Leave the weights in their files for now (`cascadevl.model.unread.fill`). Not for
+            adapters, whose base is read at once.
 
     Returns:
         The model, in evaluation mode, and its processor.
@@ -70,7 +74,7 @@ def load(
     config = configuration(checkpoint)
     processor = load_processor(checkpoint.path)
     adopt_settings(config, processor)
-    model = _filled(config, checkpoint, dtype, torch.device(device))
+    model = _built(config, checkpoint, dtype, torch.device(device), lazily=lazily)
     model.generation_config = generation_config(checkpoint.path, processor, config)
     return model, processor
 
@@ -165,25 +169,44 @@ def _base_folder(adapter: Path, base: str | Path | None) -> Path:
         ) from error
 
 
-def _filled(
+def _built(
     config: CascadeVLConfig,
     checkpoint: Checkpoint,
     dtype: torch.dtype | Literal["auto"],
     device: torch.device,
+    *,
+    lazily: bool,
 ) -> CascadeVLForConditionalGeneration:
     # Only parameters are left empty: buffers (rotary frequencies) are in no file and are computed.
     with init_empty_weights(include_buffers=False):
         model = CascadeVLForConditionalGeneration(config)
     recipes = fuse_experts(checkpoint.recipes)
-    read = through(checkpoint.read, recipes)
-    state = {name: placed(read(name), dtype, device) for name in recipes}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    assert not unexpected, unexpected
-    assert set(missing) <= ({HEAD} if config.tie_word_embeddings else set()), missing
+    stored = through(checkpoint.read, recipes)
+
+    def read(name: str) -> Tensor:
+        return placed(stored(name), dtype, device)
+
+    if lazily:
+        expected = {name for name, _ in model.named_parameters()}
+        assert expected - recipes.keys() <= ({HEAD} if config.tie_word_embeddings else set())
+        leave_unread(model, read)
+    else:
+        state = {name: read(name) for name in recipes}
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        assert not unexpected, unexpected
+        assert set(missing) <= ({HEAD} if config.tie_word_embeddings else set()), missing
     model.tie_weights()
-    torch.nn.Module.to(model, device)  # the buffers, which were in no file
+    _place_buffers(model, device)
     model.train(False)
     return model
+
+
+def _place_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Put the buffers, which were in no file, where the weights are, or will be."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def placed(tensor: Tensor, dtype: torch.dtype | Literal["auto"], device: torch.device) -> Tensor:
@@ -208,7 +231,11 @@ def _config_json(model: CascadeVLForConditionalGeneration) -> Json:
         text["rope_theta"] = rope.pop("rope_theta")
         text["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     obstacle = model.config.plain_transformers_obstacle
-    architecture = "InternVLForConditionalGeneration" if obstacle is None else type(model).__name__
+    architecture = (
+        "InternVLForConditionalGeneration"
+        if obstacle is None
+        else CascadeVLForConditionalGeneration.__name__
+    )
     config |= {
         "architectures": [architecture],
         "model_type": "internvl",

@@ -196,6 +196,9 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
         elif batch.tiles is not None:
             visual = self.model.encode(batch.tiles, batch.tokens_per_tile)
         embeds = self.model.embed(batch.input_ids, batch.visual_index, visual)
+        if self.model.looks_along is not None:
+            has_looked = visual is not None and features is None
+            embeds = self.model.keep_company(embeds, has_looked=has_looked)
         layout = self.model.layout(batch.segments, batch.parents)
         hidden_states = self.model.run_text(embeds, batch.position_ids, layout)
         return score_targets(

@@ -3,7 +3,8 @@
 A checkpoint is a folder ``checkpoint-<step>``. It is written beside its final place, flushed to
 the disk and renamed, so that a crash at any moment leaves either the old state or the new one;
 what a crash left half-written starts with a dot and is never read. Nothing is pickled, so a
-checkpoint of somebody else is safe to open.
+checkpoint of somebody else is safe to open. Of a divided model each process writes its parts, which
+any number of processes can read (`cascadevl.train.tensor_parts`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -25,6 +27,13 @@ from torch import Tensor, nn
 
 from cascadevl.errors import TrainingError
 from cascadevl.model.adapters import has_adapters, is_adapter
+from cascadevl.model.sharding import own_part
+from cascadevl.train.tensor_parts import Parts, read_parts, write_parts
+
+T = TypeVar("T")
+
+WEIGHTS, OPTIMISER = "weights", "optimiser"
+"""Files of a checkpoint, one of each; or one a process, with its number, of a divided model."""
 
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 
@@ -44,6 +53,7 @@ class Snapshot:
         counters: Totals of the run, such as tokens seen.
         generators: States of the random generators of this process.
         memory: What the objective remembers from step to step; plain JSON values.
+        parts: Of a divided model: which rows of each weight this process has; else None.
     """
 
     step: int
@@ -55,19 +65,21 @@ class Snapshot:
     counters: Mapping[str, int]
     generators: Mapping[str, Any]
     memory: Mapping[str, Any] = field(default_factory=dict)
+    parts: Parts | None = None
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, a tied one under its first name only.
 
-    Of a model with adapters these alone: its base does not change, and is where the run began.
+    Of a model with adapters these alone: its base does not change, and is where the run began. Of a
+    divided model what this process has of them.
     """
     if has_adapters(model):
-        return {n: p.detach() for n, p in model.named_parameters() if is_adapter(n)}
+        return {n: own_part(p.detach()) for n, p in model.named_parameters() if is_adapter(n)}
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors.update({n: t for n, t in model.state_dict().items() if n not in every})
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    return {name: own_part(tensor.detach()) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -127,8 +139,9 @@ def write_shared(folder: Path, snapshot: Snapshot) -> None:
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    _write_tensors(partial / "weights.safetensors", snapshot.weights)
-    _write_tensors(partial / "optimiser.safetensors", snapshot.optimiser)
+    if snapshot.parts is None:
+        _write_tensors(partial / f"{WEIGHTS}.safetensors", snapshot.weights)
+        _write_tensors(partial / f"{OPTIMISER}.safetensors", snapshot.optimiser)
     facts = {
         "step": snapshot.step,
         "world_size": snapshot.world_size,
@@ -140,11 +153,14 @@ def write_shared(folder: Path, snapshot: Snapshot) -> None:
 
 
 def write_own(folder: Path, snapshot: Snapshot, rank: int) -> None:
-    """Write what belongs to one process: its place in the data, its random generators."""
+    """Write what belongs to one process: its place in the data, its generators, its parts."""
     partial = partial_path(folder, snapshot.step)
-    tensors = {k: v for k, v in snapshot.generators.items() if isinstance(v, Tensor)}
+    if snapshot.parts is not None and snapshot.parts.is_written:
+        for name, tensors in ((WEIGHTS, snapshot.weights), (OPTIMISER, snapshot.optimiser)):
+            write_parts(partial / f"{name}-{rank:05d}.safetensors", tensors, snapshot.parts)
+    states = {k: v for k, v in snapshot.generators.items() if isinstance(v, Tensor)}
     plain = {k: v for k, v in snapshot.generators.items() if not isinstance(v, Tensor)}
-    _write_tensors(partial / f"rank-{rank:05d}.safetensors", tensors)
+    _write_tensors(partial / f"rank-{rank:05d}.safetensors", states)
     _write_json(partial / f"rank-{rank:05d}.json", {"stream": snapshot.stream, "generators": plain})
 
 
@@ -185,11 +201,16 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(path: Path, *, rank: int = 0) -> Snapshot:
+def load(path: Path, *, rank: int = 0, parts: Parts | None = None) -> Snapshot:
     """Read a checkpoint as one process of a run sees it.
 
     A rank that the run did not have gets the place and generators of rank 0, which its caller
     must not use (`load_streams` gives all places, to be divided anew).
+
+    Args:
+        path: The checkpoint.
+        rank: Of the process.
+        parts: Which rows of each weight the process has, if the model is divided.
 
     Raises:
         TrainingError: If files are missing or damaged.
@@ -197,16 +218,23 @@ def load(path: Path, *, rank: int = 0) -> Snapshot:
     state = _read_json(path / "state.json")
     name = f"rank-{rank if rank < state['world_size'] else 0:05d}"
     own = _read_json(path / f"{name}.json")
+    weights, optimiser = (
+        _read_tensors(path / f"{kind}.safetensors")
+        if parts is None
+        else _unless_broken(path, partial(read_parts, path, kind, parts))
+        for kind in (WEIGHTS, OPTIMISER)
+    )
     return Snapshot(
         step=state["step"],
         config=state["config"],
         world_size=state["world_size"],
-        weights=_read_tensors(path / "weights.safetensors"),
-        optimiser=_read_tensors(path / "optimiser.safetensors"),
+        weights=weights,
+        optimiser=optimiser,
         stream=own["stream"],
         counters=state["counters"],
         generators={**own["generators"], **_read_tensors(path / f"{name}.safetensors")},
         memory=state.get("memory", {}),  # a checkpoint of a stage that remembers nothing
+        parts=parts,
     )
 
 
@@ -278,19 +306,20 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise TrainingError(
-            f"{path} cannot be read ({error}); delete this checkpoint and resume from an older one"
-        ) from error
+    value: dict[str, Any] = _unless_broken(
+        path, lambda: json.loads(path.read_text(encoding="utf-8"))
+    )
     return value
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    return _unless_broken(path, lambda: safetensors.torch.load_file(path))
+
+
+def _unless_broken(path: Path, read: Callable[[], T]) -> T:
     try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        return read()
+    except (OSError, json.JSONDecodeError, safetensors.SafetensorError) as error:
         raise TrainingError(
             f"{path} cannot be read ({error}); delete this checkpoint and resume from an older one"
         ) from error

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from cascadevl.data.ratios import parse_ratio
 from cascadevl.errors import ConfigError
 from cascadevl.losses.next_token import Averaging
@@ -52,6 +54,8 @@ class ModelConfig:
         drop_path: Rate at which the vision tower's blocks are skipped; None keeps the model's.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping
             them (on in all released scripts).
+        shard: Keep a part of the weights on each process instead of a copy (FSDP2): ``full`` over
+            all of them, ``hybrid`` over those of a host, with a copy on each host.
     """
 
     path: str | None = None
@@ -61,6 +65,7 @@ class ModelConfig:
     frozen: tuple[Module, ...] = ()  # InternVL3's second SFT froze the vision tower
     drop_path: float | None = None  # 0 for 1B to 4B, 0.1 for 8B to 30B, 0.4 for 38B and 241B
     gradient_checkpointing: bool = False
+    shard: Literal["full", "hybrid"] | None = None
 
     def __post_init__(self) -> None:
         """Refuse two starting points."""
@@ -68,6 +73,11 @@ class ModelConfig:
             raise ConfigError(
                 f"model.path is {self.path!r} and model.preset {self.preset!r}; give one of them"
             )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision as torch's type."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

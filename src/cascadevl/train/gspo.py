@@ -47,17 +47,9 @@ from cascadevl.train.objective import Objective, Terms
 from cascadevl.train.optim import Optimiser, lr_factor, set_precision
 from cascadevl.train.questions import Asked, Asker, QuestionStream, problems_of
 from cascadevl.train.rollouts import Group, Sampler, compared, judge, opened_store, sums_of
-from cascadevl.train.run import (
-    TrainResult,
-    begin,
-    export,
-    make_trainable,
-    open_log,
-    saver,
-    start_from,
-    take_up,
-)
+from cascadevl.train.run import TrainResult, begin, export, open_log, saver, take_up
 from cascadevl.train.sources import collate_config, example_builder
+from cascadevl.train.start import make_trainable, start_from
 
 LOSSES = {"sequence": gspo_loss, "token": grpo_loss}
 """The losses by the level at which a ratio is taken."""

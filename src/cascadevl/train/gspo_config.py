@@ -179,6 +179,11 @@ class GSPOConfig(TrainConfig):
                     f"rollout.max_prompt_tokens and max_answer_tokens are {longest} tokens "
                     f"together, but {name} is {limit}; raise it, or lower them"
                 )
+        if self.model.shard is not None:
+            raise ConfigError(
+                f"model.shard is {self.model.shard}, but GSPO's engine answers with whole weights; "
+                "leave it out, or train adapters with --lora"
+            )
         self._check_unread()
 
     def _check_unread(self) -> None:

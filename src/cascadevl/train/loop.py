@@ -4,7 +4,8 @@ All recipes call these functions; there is no trainer class to inherit from. Rep
 copies of the model and add up their float32 gradients once a step, after the last micro-batch:
 each already divided its loss by the weight of the whole step, so the sum is the gradient of the
 step's loss, whatever the ranks' shares (docs/decisions/0002). A rank without pictures needs no
-special case: a gradient that did not come is zero.
+special case: a gradient that did not come is zero. A divided model adds up its gradients itself,
+in the backward pass (`cascadevl.model.sharding`).
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def update(
         losses.append(terms.loss.detach())
         for name, value in terms.metrics.items():
             metrics[name] = metrics.get(name, torch.zeros_like(value)) + value.detach()
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not state.optimiser.is_divided:
         reduce_gradients(accelerator, state.optimiser.gradients())
     norm = state.optimiser.clip()
     # One transfer from the device a step: a broken step must not reach the weights.

@@ -31,18 +31,9 @@ from cascadevl.train.mixing import mixed
 from cascadevl.train.mpo_objective import ShiftMemory, mpo_objective
 from cascadevl.train.optim import OptimConfig, Optimiser
 from cascadevl.train.reference import stored_reference
-from cascadevl.train.run import (
-    TrainResult,
-    begin,
-    export,
-    make_trainable,
-    open_log,
-    saver,
-    spare_older,
-    start_from,
-    take_up,
-)
+from cascadevl.train.run import TrainResult, begin, export, open_log, saver, spare_older, take_up
 from cascadevl.train.sources import collate_config, example_builder, sources_of_meta, stream_of
+from cascadevl.train.start import make_trainable, start_from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

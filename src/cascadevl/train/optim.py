@@ -16,8 +16,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cascadevl.errors import ConfigError, TrainingError
+from cascadevl.model.sharding import own_part, sum_over_parts
 from cascadevl.train.adamw import PIECE, PiecewiseAdamW, Update
 
 Module = Literal["vision", "projector", "language"]
@@ -141,6 +143,9 @@ class Optimiser:
 
     A parameter without a gradient counts as one with a gradient of zero. So a step without
     pictures treats the vision tower as any number of ranks would, of which only some had none.
+
+    Of a divided model (`cascadevl.model.sharding`) each process updates its own part, and only the
+    length of the gradient is taken over all of them.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> None:
@@ -151,12 +156,18 @@ class Optimiser:
             config: The settings.
 
         Raises:
-            ConfigError: If nothing is trainable.
+            ConfigError: If nothing is trainable, or Muon is to update a divided model.
         """
         self.config = config
         self.parameters = {name: p for name, p in parameters if p.requires_grad}
         if not self.parameters:
             raise ConfigError("every part of the model is frozen; leave at least one trainable")
+        self.is_divided = any(isinstance(p, DTensor) for p in self.parameters.values())
+        if self.is_divided and config.name == "muon":
+            raise ConfigError(
+                "optim.name muon orthogonalises whole matrices, of which model.shard leaves each "
+                "process a part; use adamw, or leave model.shard out"
+            )
         self.masters = {name: _master(p) for name, p in self.parameters.items()}
         muon = {
             name
@@ -207,7 +218,10 @@ class Optimiser:
             master = self.masters[name]
             if master is parameter or parameter.grad is None:
                 continue
-            gradient, parameter.grad = parameter.grad, None
+            gradient, parameter.grad = own_part(parameter.grad), None
+            if gradient.dtype == torch.float32:
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                continue
             if name in self._fresh:
                 master.grad = self._fresh.pop(name).float()
             if master.grad is None:
@@ -241,6 +255,8 @@ class Optimiser:
         if not lengths:
             return next(iter(self.masters.values())).new_zeros(())
         length: Tensor = torch.linalg.vector_norm(torch.stack(lengths))
+        if self.is_divided:
+            length = sum_over_parts(length.square(), next(iter(self.parameters.values()))).sqrt()
         if self.config.max_grad_norm:
             # As torch.nn.utils.clip_grads_with_norm_, without a pass over what is not wide yet.
             scale = (self.config.max_grad_norm / (length + 1e-6)).clamp(max=1.0)
@@ -272,7 +288,7 @@ class Optimiser:
         return Update(
             master=master,
             gradient=master.grad if fresh is None else fresh,
-            weight=None if weight is master else weight.detach(),
+            weight=weight.detach() if self._is_copy(name) else None,
             scale=None if fresh is None else self._scale,
         )
 
@@ -284,10 +300,13 @@ class Optimiser:
             parameter.grad = None
             self.masters[name].grad = None
 
+    def _is_copy(self, name: str) -> bool:
+        """Whether a master has values of its own, of which the model's are made."""
+        return self.parameters[name].dtype != torch.float32
+
     def _publish(self, names: Iterable[str]) -> None:
         """Round the masters into the model's weights."""
-        pairs = [(self.parameters[n], self.masters[n]) for n in names]
-        pairs = [(p, master) for p, master in pairs if master is not p]
+        pairs = [(self.parameters[n], self.masters[n]) for n in names if self._is_copy(n)]
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [master for _, master in pairs])
 
@@ -306,7 +325,7 @@ class Optimiser:
         """Masters and moments under names ``parameter.key``; all of it, and tensors only."""
         tensors: dict[str, Tensor] = {}
         for name, master, inner in self._states():
-            if master is not self.parameters[name]:
+            if self._is_copy(name):
                 tensors[f"{name}.master"] = master.detach()
             for key, value in inner.state.get(master, {}).items():
                 tensors[f"{name}.{key}"] = value.detach()
@@ -321,7 +340,7 @@ class Optimiser:
         """
         left = dict(tensors)
         for name, master, inner in self._states():
-            if master is not self.parameters[name]:
+            if self._is_copy(name):
                 if f"{name}.master" not in left:
                     raise TrainingError(
                         f"the optimiser state has no float32 copy of {name}; it was "
@@ -347,7 +366,12 @@ _ADAMW_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    """The float32 copy that the optimiser updates; the parameter itself if it is float32."""
+    """The float32 copy that the optimiser updates; the parameter itself if it is float32.
+
+    Of a divided parameter, this process's part of it, in the same memory.
+    """
+    if isinstance(parameter, DTensor):
+        return nn.Parameter(own_part(parameter.detach()))
     if parameter.dtype == torch.float32:
         return parameter
     return nn.Parameter(parameter.detach().to(torch.float32, copy=True))

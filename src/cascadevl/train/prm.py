@@ -38,17 +38,9 @@ from cascadevl.train.loop import RunConfig, TrainState, settled, train
 from cascadevl.train.mixing import mixed
 from cascadevl.train.objective import Objective, Terms
 from cascadevl.train.optim import OptimConfig, Optimiser
-from cascadevl.train.run import (
-    TrainResult,
-    begin,
-    export,
-    make_trainable,
-    open_log,
-    saver,
-    start_from,
-    take_up,
-)
+from cascadevl.train.run import TrainResult, begin, export, open_log, saver, take_up
 from cascadevl.train.sources import collate_config, example_builder, sources_of_meta, stream_of
+from cascadevl.train.start import make_trainable, start_from
 from cascadevl.types import Batch, ProcessPrompt
 
 

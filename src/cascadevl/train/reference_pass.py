@@ -29,6 +29,7 @@ from cascadevl.data.source import Source
 from cascadevl.data.stream import Builder
 from cascadevl.errors import ConfigError, DataError, TrainingError
 from cascadevl.model.adapters import fingerprint
+from cascadevl.model.sharding import wait_for_others
 from cascadevl.train.config import FREE_KEYS, TrainConfig, plain
 from cascadevl.train.log import counted
 from cascadevl.train.sources import row_rule
@@ -120,6 +121,7 @@ def stored_parts(
     title, is_main = "reference log-probabilities", accelerator.is_main_process
     for number in counted(own, title, console, is_main=is_main):
         _publish(files[number], safetensors.torch.save(compute(records.part(number))))
+    wait_for_others(model)
     accelerator.wait_for_everyone()
     return files
 

@@ -42,17 +42,9 @@ from cascadevl.train.router_batch import LabelledRecord, TileBatch, TileFeatures
 from cascadevl.train.router_choice import BEST, BestRouter
 from cascadevl.train.router_config import RouterConfig
 from cascadevl.train.router_labels import faults, labelled, parted
-from cascadevl.train.run import (
-    TrainResult,
-    begin,
-    export,
-    open_log,
-    saver,
-    spare_older,
-    start_from,
-    take_up,
-)
+from cascadevl.train.run import TrainResult, begin, export, open_log, saver, spare_older, take_up
 from cascadevl.train.sources import collate_config, example_builder, sources_of_meta
+from cascadevl.train.start import start_from
 from cascadevl.train.tile_losses import Measure
 
 LOSSES = "losses"

@@ -105,3 +105,11 @@ class RouterConfig(TrainConfig):
     optim: OptimConfig = field(default_factory=_optim)
     run: RunConfig = field(default_factory=_run)
     router: RouterSection = field(default_factory=RouterSection)
+
+    def __post_init__(self) -> None:
+        """Refuse to divide what is not trained."""
+        if self.model.shard is not None:
+            raise ConfigError(
+                f"model.shard is {self.model.shard}, but of the model the router alone is trained "
+                "here, and the rest is read; leave it out"
+            )

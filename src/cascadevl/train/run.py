@@ -18,28 +18,23 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cascadevl.config import dump_config
-from cascadevl.data.conversation import IMAGE_CONTEXT
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.data.stream import merge_states, skipped_of
-from cascadevl.data.tiling import TilingConfig
-from cascadevl.errors import ConfigError, TrainingError
-from cascadevl.model.adapter_files import is_adapter_folder, save_adapter
+from cascadevl.errors import TrainingError
+from cascadevl.model.adapter_files import save_adapter
 from cascadevl.model.adapters import fingerprint, has_adapters
-from cascadevl.model.drop_path import DropPath
-from cascadevl.model.loading import find, load, save
+from cascadevl.model.loading import save
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
-from cascadevl.model.presets import initialise, micro_config, nano_config
+from cascadevl.model.sharding import put_together
 from cascadevl.train import checkpoint
 from cascadevl.train.checkpoint import Snapshot
-from cascadevl.train.config import FREE_KEYS, ModelConfig, TrainConfig, plain
+from cascadevl.train.config import FREE_KEYS, TrainConfig, plain
 from cascadevl.train.log import RunLog, write_facts
 from cascadevl.train.loop import TrainState
-from cascadevl.train.lora import LoraConfig, add_adapters
 from cascadevl.train.objective import BatchT
-from cascadevl.train.optim import set_precision
+from cascadevl.train.tensor_parts import parts_of
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints within a run folder."""
@@ -88,110 +83,6 @@ def begin(seed: int) -> Accelerator:
     return accelerator
 
 
-def from_scratch(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, *, seed: int
-) -> tuple[CascadeVLForConditionalGeneration, CascadeVLProcessor]:
-    """A preset with random weights, and its processor.
-
-    Args:
-        config: Names the preset, and the folder of its tokenizer.
-        tokenizer: Instead of the one in the folder.
-        seed: Seed of the weights.
-
-    Raises:
-        ConfigError: If there is no tokenizer.
-    """
-    if tokenizer is None:
-        if config.tokenizer is None:
-            raise ConfigError(
-                f"preset {config.preset!r} has no tokenizer; name its folder with "
-                "--model.tokenizer, or start from a model with --model.path"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    shape = {"nano": nano_config, "micro": micro_config}[config.preset or "nano"](
-        len(tokenizer),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT),
-    )
-    model = CascadeVLForConditionalGeneration(shape)
-    initialise(model, seed)
-    tiling = TilingConfig(
-        tile_px=shape.tile_px,
-        min_tiles=shape.min_tiles,
-        max_tiles=shape.max_tiles,
-        thumbnail=shape.use_thumbnail,
-    )
-    processor = CascadeVLProcessor(
-        tokenizer,
-        template=shape.template,
-        system_message=shape.system_message,
-        tiling=tiling,
-        tokens_per_tile=shape.tokens_per_tile,
-    )
-    return model, processor
-
-
-def start_from(config: ModelConfig) -> tuple[CascadeVLForConditionalGeneration, CascadeVLProcessor]:
-    """The model to go on with, and its processor.
-
-    Raises:
-        ConfigError: If it is an adapter.
-        CheckpointError: If it cannot be opened.
-    """
-    assert config.path is not None, "the recipe checked it"
-    if is_adapter_folder(find(config.path)):
-        raise ConfigError(
-            f"model.path is {config.path!r}, an adapter; training starts from a model: merge it "
-            f"first (cascadevl merge {config.path} --out DIR), or name the merged model beside it"
-        )
-    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    return load(config.path, dtype=dtype)
-
-
-def make_trainable(
-    model: CascadeVLForConditionalGeneration,
-    config: ModelConfig,
-    accelerator: Accelerator,
-    *,
-    lora: LoraConfig | None = None,
-    seed: int = 0,
-) -> None:
-    """Bring a model into the state a run wants.
-
-    That is: precision, drop path, frozen parts, adapters, checkpointing, device.
-
-    Args:
-        model: The model; changed in place.
-        config: What the run wants.
-        accelerator: Its device.
-        lora: Adapters to train instead of weights.
-        seed: Of the adapters' random values.
-
-    Raises:
-        ConfigError: If the adapters do not fit the model, or there is nothing to adapt.
-    """
-    set_precision(model, config.precision)
-    if config.drop_path is not None and config.drop_path != model.config.drop_path_rate:
-        model.model.drop_path.paused += 1  # for good: another one takes its place
-        model.model.drop_path = DropPath(model.model.vision_tower.encoder.layer, config.drop_path)
-        model.config.drop_path_rate = config.drop_path
-    model.freeze(
-        vision="vision" in config.frozen,
-        projector="projector" in config.frozen,
-        language="language" in config.frozen,
-    )
-    if lora is not None:
-        if config.preset is not None:
-            raise ConfigError(
-                f"LoRA adapts a trained model, and preset {config.preset!r} starts from random "
-                "weights; name a model with --model DIR, or leave --lora out"
-            )
-        add_adapters(model, lora, frozen=config.frozen, seed=seed)
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    nn.Module.to(model, accelerator.device)
-    model.train()
-
-
 def compile_bodies(model: nn.Module, log: RunLog) -> bool:
     """Compile vision tower and language model in place, where a compiler works.
 
@@ -227,6 +118,7 @@ def saver(config: TrainConfig) -> Callable[[TrainState[BatchT]], Path]:
             counters=state.counters,
             generators=checkpoint.generator_states(),
             memory=state.memory.state_dict() if state.memory is not None else {},
+            parts=parts_of(state.model),
         )
         if accelerator.is_main_process:
             checkpoint.write_shared(folder, snapshot)
@@ -287,7 +179,9 @@ def take_up(state: TrainState[BatchT], config: TrainConfig) -> Path | None:
     path = checkpoint.latest(config.run.out / CHECKPOINTS)
     if path is None:
         return None
-    snapshot = checkpoint.load(path, rank=state.accelerator.process_index)
+    snapshot = checkpoint.load(
+        path, rank=state.accelerator.process_index, parts=parts_of(state.model)
+    )
     settings = _settings(config, state.model)
     checkpoint.check_same_run(snapshot.config, settings, free=FREE_KEYS, path=path)
     checkpoint.load_model_tensors(state.model, snapshot.weights)
@@ -346,6 +240,8 @@ def export(
     """
     skipped = skipped_records(state)
     paths = _folders(config) if finished else {}
+    if finished:
+        put_together(model, is_main=state.accelerator.is_main_process, dtype=config.model.dtype)
     if finished and state.accelerator.is_main_process:
         if not keeps_context:
             _note_context(model, config)

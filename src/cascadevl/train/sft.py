@@ -17,17 +17,9 @@ from cascadevl.train.config import TrainConfig
 from cascadevl.train.loop import TrainState, settled, train
 from cascadevl.train.objective import NEXT_TOKEN
 from cascadevl.train.optim import Optimiser
-from cascadevl.train.run import (
-    TrainResult,
-    begin,
-    export,
-    make_trainable,
-    open_log,
-    saver,
-    start_from,
-    take_up,
-)
+from cascadevl.train.run import TrainResult, begin, export, open_log, saver, take_up
 from cascadevl.train.sources import open_stream, sources_of_meta
+from cascadevl.train.start import make_trainable, start_from
 from cascadevl.types import Batch
 
 

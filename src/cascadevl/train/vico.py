@@ -27,23 +27,15 @@ from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.model.flash import add_flash
 from cascadevl.model.flash_start import start_as_mean
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.model.unread import fill
 from cascadevl.model.v2pe import dynamic_limit
 from cascadevl.train.config import BatchConfig, TrainConfig
 from cascadevl.train.loop import RunConfig, TrainState, settled, train
 from cascadevl.train.mixing import mixed
 from cascadevl.train.optim import OptimConfig, Optimiser
-from cascadevl.train.run import (
-    TrainResult,
-    begin,
-    export,
-    make_trainable,
-    open_log,
-    saver,
-    spare_older,
-    start_from,
-    take_up,
-)
+from cascadevl.train.run import TrainResult, begin, export, open_log, saver, spare_older, take_up
 from cascadevl.train.sources import collate_config, example_config, sources_of_meta, stream_of
+from cascadevl.train.start import make_trainable, start_from
 from cascadevl.train.vico_objective import consistency_objective
 from cascadevl.train.vico_reference import Asking, asked, frozen_copy, stored_tokens
 
@@ -109,6 +101,11 @@ class ViCOConfig(TrainConfig):
             raise ConfigError(
                 f"model.drop_path is {self.model.drop_path}, but ViCO drops nothing, because its "
                 "loss would measure what was dropped; leave it out"
+            )
+        if self.model.shard is not None and self.vico.reference != "stored":
+            raise ConfigError(
+                f"vico.reference {self.vico.reference} is a second model beside the one in "
+                f"training, which model.shard {self.model.shard} is to spare; use stored"
             )
 
 
@@ -183,6 +180,7 @@ def make_compressible(model: CascadeVLForConditionalGeneration, config: ViCOConf
             "the model has no projector for compressed tiles, which has to be trained as a whole; "
             "train without --lora first, or start from a Flash model"
         )
+    fill(model)
     add_flash(model, seed=config.run.seed, num_heads=heads_for(model.config))
     start_as_mean(model)
 

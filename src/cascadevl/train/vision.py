@@ -29,16 +29,8 @@ from cascadevl.train.config import TrainConfig
 from cascadevl.train.loop import TrainState, settled, train
 from cascadevl.train.objective import Objective, Terms
 from cascadevl.train.optim import Optimiser, set_precision
-from cascadevl.train.run import (
-    MODEL,
-    TrainResult,
-    begin,
-    from_scratch,
-    open_log,
-    saver,
-    start_from,
-    take_up,
-)
+from cascadevl.train.run import MODEL, TrainResult, begin, open_log, saver, take_up
+from cascadevl.train.start import from_scratch, start_from
 
 NOTHING_WEIGHT = 0.1
 """Weight of a patch in which nothing stands: most are, and they are soon learned."""

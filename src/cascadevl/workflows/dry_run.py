@@ -20,8 +20,8 @@ from cascadevl.train.gspo_config import GSPOConfig
 from cascadevl.train.mixing import mixed
 from cascadevl.train.prm import PRMConfig
 from cascadevl.train.questions import Asker, QuestionStream, problems_of
-from cascadevl.train.run import from_scratch
 from cascadevl.train.sources import example_builder, sources_of_meta
+from cascadevl.train.start import from_scratch
 from cascadevl.types import Example
 
 MAX_DRAWS = 100

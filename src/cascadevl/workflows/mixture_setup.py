@@ -24,8 +24,8 @@ from cascadevl.model.repository_files import load_processor
 from cascadevl.tasks.naming import held_out, open_entry, task_of, weighted
 from cascadevl.train.config import TrainConfig
 from cascadevl.train.mixing import Profile, profile_sources
-from cascadevl.train.run import from_scratch
 from cascadevl.train.sources import example_builder
+from cascadevl.train.start import from_scratch
 from cascadevl.workflows.mixture_config import MixtureSearchConfig
 
 EXAM_SEED = 2025

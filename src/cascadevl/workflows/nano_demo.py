@@ -12,8 +12,9 @@ from cascadevl.eval.report import Report
 from cascadevl.model.loading import load
 from cascadevl.train.config import ModelConfig
 from cascadevl.train.pretrain import pretrain
-from cascadevl.train.run import TrainResult, from_scratch
+from cascadevl.train.run import TrainResult
 from cascadevl.train.sft import sft
+from cascadevl.train.start import from_scratch
 from cascadevl.workflows import nano
 from cascadevl.workflows.demo_report import course_plots, num_parameters
 from cascadevl.workflows.demonstration import Demonstration, Watch, begin, examine, finish, train
