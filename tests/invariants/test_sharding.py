@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from tests.invariants.test_accumulation import Setting
 from tests.processes import shared_by
+from tests.train import small_gspo
 from tests.train.small_pairs import mpo_config, pairs
 from tests.train.small_run import QUIET, Given, small_config, sources, tokenizer
 from tests.train.small_vico import read_stripes, stripes, vico_config
@@ -30,10 +31,12 @@ from torch import Tensor
 import cascadevl
 from cascadevl.errors import ConfigError
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.scoring.rewards import Response
 from cascadevl.train import optim
 from cascadevl.train.checkpoint import latest
 from cascadevl.train.config import TrainConfig
-from cascadevl.train.gspo_config import GSPOConfig
+from cascadevl.train.gspo import gspo
+from cascadevl.train.gspo_config import GSPOConfig, RolloutConfig
 from cascadevl.train.loop import TrainState, update
 from cascadevl.train.lora import LoraConfig
 from cascadevl.train.mpo import mpo
@@ -255,6 +258,39 @@ def test_other_recipes_end_as_with_copies(tmp_path: Path, recipe: Any) -> None:
         torch.testing.assert_close(weight, models[1][name], rtol=1e-3, atol=1e-4)
 
 
+def odd_on_the_first(response: Response) -> float:
+    """Answers that the second process draws are all alike: it has nothing to learn."""
+    return small_gspo.odd_length(response) if os.environ["RANK"] == "0" else 1.0
+
+
+def reinforce(out: Path, start: Path, shard: str) -> None:
+    """Two rollout batches of GSPO, of which one process has batches and the other none."""
+    more: dict[str, Any] = {
+        "model__shard": shard or None,
+        "rewards__weights": {f"{__name__}:odd_on_the_first": 1.0},
+    }
+    config = small_gspo.small_config(out, start, **more)
+    gspo(config, problems=small_gspo.problems(), console=QUIET)
+    finish(Accelerator(cpu=True))
+
+
+@pytest.mark.slow
+def test_gspo_of_a_divided_model_answers_with_a_copy(tmp_path: Path) -> None:
+    start = small_gspo.write_start(tmp_path)
+    logs, models = [], []
+    for shard in ("full", ""):
+        out = tmp_path / (shard or "copies")
+        shared_by(2, reinforce, out, start, shard)
+        models.append(safetensors.torch.load_file(out / "model" / "model.safetensors"))
+        logs.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+    for mine, theirs in zip(*logs, strict=True):
+        assert mine["ratio"] == pytest.approx(theirs["ratio"], rel=1e-4)
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    assert logs[0][0]["ratio"] == 1.0
+    for name, weight in models[0].items():
+        torch.testing.assert_close(weight, models[1][name], rtol=1e-3, atol=1e-4)
+
+
 def adapt(out: Path, start: Path, shard: str) -> None:
     """LoRA on a frozen base."""
     config = small_config(
@@ -304,8 +340,13 @@ def test_muon_needs_whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
         Optimiser(parameters, OptimConfig(name="muon"))
 
 
-@pytest.mark.parametrize("config", [GSPOConfig, RouterConfig])
-def test_stages_that_need_whole_weights_say_so(config: type[TrainConfig]) -> None:
-    model = replace(config().model, shard="full")
-    with pytest.raises(ConfigError, match=r"model.shard is full, but"):
-        config(model=model)
+def test_what_needs_whole_weights_says_so() -> None:
+    model = replace(GSPOConfig().model, shard="full")
+    GSPOConfig(model=model)
+    for refused in (
+        lambda: RouterConfig(model=replace(RouterConfig().model, shard="full")),
+        lambda: GSPOConfig(model=model, lora=LoraConfig()),
+        lambda: GSPOConfig(model=model, rollout=RolloutConfig(precision="packed")),
+    ):
+        with pytest.raises(ConfigError, match=r"model.shard is full, but"):
+            refused()

@@ -11,6 +11,7 @@ from torch import Tensor
 from cascadevl.errors import CheckpointError
 from cascadevl.model.checkpoint import HEAD
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.model.sharding import whole
 
 
 @contextmanager
@@ -31,7 +32,8 @@ def load_weights(model: CascadeVLForConditionalGeneration, state: Mapping[str, T
 
     Args:
         model: Whose parameters and saved buffers are overwritten.
-        state: Tensors by the names of its ``state_dict``; a tied head may be absent.
+        state: Tensors by the names of its ``state_dict``; a tied head may be absent. Those of a
+            divided model are put together one after the other, on all its processes.
 
     Raises:
         CheckpointError: If names or shapes differ from the model's; then nothing has changed.
@@ -54,4 +56,4 @@ def load_weights(model: CascadeVLForConditionalGeneration, state: Mapping[str, T
             )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            tensor.copy_(whole(state[name]))

@@ -201,13 +201,15 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
             embeds = self.model.keep_company(embeds, has_looked=has_looked)
         layout = self.model.layout(batch.segments, batch.parents)
         hidden_states = self.model.run_text(embeds, batch.position_ids, layout)
-        return score_targets(
+        scores = score_targets(
             hidden_states,
             batch.target_index,
             self.lm_head,
             head_fn,
             self.config.text_config.vocab_size,
         )
+        # FSDP2 hooks what comes out, and a view of something else would lose the hook.
+        return scores if self.model.looks_along is None else scores.clone()
 
     def _embedded(
         self,

@@ -64,8 +64,8 @@ def shard(
     layers = (*model.model.vision_tower.encoder.layer, *model.model.language_model.layers)
     for unit in (*layers, model):
         fill(model, unit)
-        whole = {id(p) for p in unit.parameters() if not isinstance(p, DTensor)}
-        mine = [(name, p) for name, p in model.named_parameters() if id(p) in whole]
+        undivided = {id(p) for p in unit.parameters() if not isinstance(p, DTensor)}
+        mine = [(name, p) for name, p in model.named_parameters() if id(p) in undivided]
         values |= first_values(mine)
         for _, parameter in mine:
             kept = torch.float32 if parameter.requires_grad else dtype
@@ -205,17 +205,22 @@ def put_together(model: nn.Module, *, is_main: bool, dtype: torch.dtype) -> None
     """
     reshard(model)
     forget_fingerprint(model)
-    whole: dict[int, tuple[DTensor, nn.Parameter]] = {}
+    made: dict[int, tuple[DTensor, nn.Parameter]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if not isinstance(parameter, DTensor):
                 continue
-            if id(parameter) not in whole:
-                full = parameter.detach().full_tensor()
+            if id(parameter) not in made:
+                full = whole(parameter)
                 kept = full.to("cpu", dtype) if is_main else full.to("meta")
                 new = nn.Parameter(kept, requires_grad=parameter.requires_grad)
-                whole[id(parameter)] = parameter, new
-            module._parameters[name] = whole[id(parameter)][1]
+                made[id(parameter)] = parameter, new
+            module._parameters[name] = made[id(parameter)][1]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a divided tensor, for which all its processes ask together; another one as it is."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ from cascadevl.engine.packed_weights import pack
 from cascadevl.engine.requests import EngineStats
 from cascadevl.errors import ConfigError
 from cascadevl.losses.gspo import grpo_loss, gspo_loss
+from cascadevl.model.loading import load
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.model.sharding import wait_for_others
 from cascadevl.model.v2pe import dynamic_limit
 from cascadevl.scoring.rewards import Verifier, verifiers_of
 from cascadevl.tasks.problems import Problems
@@ -42,7 +44,7 @@ from cascadevl.train.answer_batch import (
 )
 from cascadevl.train.gspo_config import GSPOConfig
 from cascadevl.train.log import RunLog
-from cascadevl.train.loop import TrainState, due, evaluate, stop_requests, total, update
+from cascadevl.train.loop import TrainState, due, evaluate, largest, stop_requests, total, update
 from cascadevl.train.objective import Objective, Terms
 from cascadevl.train.optim import Optimiser, lr_factor, set_precision
 from cascadevl.train.questions import Asked, Asker, QuestionStream, problems_of
@@ -90,8 +92,11 @@ def gspo(
     model, processor = start_from(config.model)
     set_precision(model, config.model.precision)
     packed = None if config.rollout.packed is None else pack(model, config.rollout.packed)
+    speaker = None
+    if config.model.shard is not None:  # a divided model cannot answer
+        speaker, _ = load(config.model.path, dtype=config.model.dtype, device=accelerator.device)
     make_trainable(model, config.model, accelerator, lora=config.lora, seed=config.run.seed)
-    sampler = Sampler(model, packed, processor, config.rollout)
+    sampler = Sampler(model, packed or speaker, processor, config.rollout)
 
     # The questions, in an order that resumes.
     limit = dynamic_limit(model.config)
@@ -260,6 +265,7 @@ class Cycle:
                 )
             minibatches.append(done.plans)
             sums = {name: value + done.sums[name] for name, value in sums.items()}
+        wait_for_others(self.model)
         return minibatches, sums
 
     def _update(
@@ -267,11 +273,14 @@ class Cycle:
     ) -> None:
         """One update; none where all groups of all processes have equal rewards."""
         state = self.state
-        (num_batches,) = total(state.accelerator, [float(len(minibatch))])
+        num_batches = largest(state.accelerator, len(minibatch))
         factor = lr_factor(state.step, self.config.run.num_steps, state.optimiser.config)
         if num_batches:
-            if not minibatch:  # others have something to learn, and all must take part
-                minibatch = [nothing_learned(group, self.sampler.stop_token_id)]
+            # Others have something to learn, and all must take part; in each batch of it, where
+            # the model is divided.
+            fewest = num_batches if state.optimiser.is_divided else 1
+            idle = [nothing_learned(group, self.sampler.stop_token_id)]
+            minibatch = minibatch + idle * (fewest - len(minibatch))
             # Over the backward pass, too: checkpointed layers are computed again there.
             with self.model.no_drop_path():
                 update(state, [plan.batch(self.collate) for plan in minibatch], objective)

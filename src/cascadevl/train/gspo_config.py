@@ -179,10 +179,10 @@ class GSPOConfig(TrainConfig):
                     f"rollout.max_prompt_tokens and max_answer_tokens are {longest} tokens "
                     f"together, but {name} is {limit}; raise it, or lower them"
                 )
-        if self.model.shard is not None:
+        if self.model.shard is not None and (self.lora or self.rollout.packed):
             raise ConfigError(
-                f"model.shard is {self.model.shard}, but GSPO's engine answers with whole weights; "
-                "leave it out, or train adapters with --lora"
+                f"model.shard is {self.model.shard}, but adapters are merged, and weights packed "
+                "for a CPU, whole; leave out model.shard, or lora and rollout.precision"
             )
         self._check_unread()
 

@@ -166,6 +166,11 @@ def total(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
     return reduced
 
 
+def largest(accelerator: Accelerator, value: int) -> int:
+    """The largest of a number of every process."""
+    return max(gather_object([value])) if accelerator.num_processes > 1 else value
+
+
 def update(
     state: TrainState[BatchT], micro_batches: Sequence[BatchT], objective: Objective[BatchT]
 ) -> None:

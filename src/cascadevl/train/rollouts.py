@@ -66,7 +66,7 @@ class Sampler:
     def __init__(
         self,
         model: CascadeVLForConditionalGeneration,
-        packed: PackedModel | None,
+        own: PackedModel | CascadeVLForConditionalGeneration | None,
         processor: CascadeVLProcessor,
         config: RolloutConfig,
     ) -> None:
@@ -74,14 +74,14 @@ class Sampler:
 
         Args:
             model: The model in training, where it will stay, adapters included.
-            packed: The engine's own copy of its linear layers, made before adapters were put in;
-                None to answer with the model itself.
+            own: The engine's own copy, of its linear layers, made before adapters were put in, or
+                of a model that is divided; None to answer with the model itself.
             processor: Makes text of answers.
             config: How answers are drawn.
         """
-        self._model, self._packed, self._config = model, packed, config
+        self._model, self._own, self._config = model, own, config
         self.stop_token_id = processor.builder.stop_token_ids[0]
-        self._backend = EngineBackend(engine=Engine(packed or model, processor, config.engine))
+        self._backend = EngineBackend(engine=Engine(own or model, processor, config.engine))
 
     def stats(self) -> EngineStats:
         """What the engine has done since it was made."""
@@ -90,7 +90,7 @@ class Sampler:
     def refresh(self) -> None:
         """Answer with the weights as they are now, in place; adapters are merged into a copy."""
         weights: Mapping[str, Tensor] = self._model.state_dict()
-        if self._packed is not None:
+        if isinstance(self._own, PackedModel):
             weights = merged_tensors(self._model)
         self._backend.load(weights)
 
