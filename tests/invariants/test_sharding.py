@@ -18,6 +18,8 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from tests.invariants.test_accumulation import Setting
+from tests.model.bodies import BODIES, body_model
+from tests.model.packed import head, packed_batch
 from tests.processes import shared_by
 from tests.train import small_gspo
 from tests.train.small_pairs import mpo_config, pairs
@@ -31,10 +33,11 @@ from torch import Tensor
 import cascadevl
 from cascadevl.errors import ConfigError
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.model.sharding import whole
 from cascadevl.scoring.rewards import Response
 from cascadevl.train import optim
 from cascadevl.train.checkpoint import latest
-from cascadevl.train.config import TrainConfig
+from cascadevl.train.config import ModelConfig, TrainConfig
 from cascadevl.train.gspo import gspo
 from cascadevl.train.gspo_config import GSPOConfig, RolloutConfig
 from cascadevl.train.loop import TrainState, update
@@ -137,6 +140,37 @@ def test_two_hosts_have_a_copy_each(tmp_path: Path) -> None:
     steps(tmp_path, "", "float32")
     assert len(list(tmp_path.glob("4-hybrid-*"))) == 2
     assert_alike(tmp_path, "4-hybrid", "1-copies", tolerance=1e-4)
+
+
+def bodies(out: Path) -> None:
+    """The gradient of one batch with and one without pictures, for every body; one has them all."""
+    accelerator = begin(0)
+    number, rank = accelerator.num_processes, accelerator.process_index
+    batches = [packed_batch([[1], [2, 1]]), packed_batch([[], []])]
+    for name in BODIES:
+        model = body_model(name)
+        config = ModelConfig(precision="float32", shard="full" if number > 1 else None)
+        make_trainable(model, config, accelerator)
+        with model.no_drop_path():
+            for batch in batches[rank::number]:
+                scores = model(batch=batch, head_fn=head(batch))
+                scores.sum().backward()
+        gradients = {
+            name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None
+        }
+        if not rank:
+            safetensors.torch.save_file(gradients, out / f"{number} {name}")
+    finish(accelerator)
+
+
+@pytest.mark.slow
+def test_every_body(tmp_path: Path) -> None:
+    shared_by(2, bodies, tmp_path)
+    bodies(tmp_path)
+    for name in BODIES:
+        divided, alone = (safetensors.torch.load_file(tmp_path / f"{n} {name}") for n in (2, 1))
+        for key, gradient in alone.items():
+            torch.testing.assert_close(divided[key], gradient, rtol=1e-3, atol=1e-4)
 
 
 def run_config(out: Path, **values: Any) -> TrainConfig:
