@@ -33,8 +33,8 @@ within them, go on after a kill. Policy and judges were
 tried on a seed that is not reported, but for the number of training steps, chosen by planted errors
 on labels of seed 0.
 
-Cost, an estimate: an hour of one core a seed; the program prints what it took. ``--tiny``
-proves in a minute that it works.
+Cost: about 0.8 core-hours a seed; the program prints what it took. ``--tiny`` proves in a minute
+that it works.
 Run: ``python benchmarks/best_of_n_arms.py --threads 1 --out runs/best_of_n``. The last line is one
 JSON document.
 """
