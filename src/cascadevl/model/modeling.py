@@ -197,8 +197,8 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
             visual = self.model.encode(batch.tiles, batch.tokens_per_tile)
         embeds = self.model.embed(batch.input_ids, batch.visual_index, visual)
         if self.model.looks_along is not None:
-            has_looked = visual is not None and features is None
-            embeds = self.model.keep_company(embeds, has_looked=has_looked)
+            looked = visual is not None and features is None
+            embeds = self.model.keep_company(embeds, has_looked=looked)
         layout = self.model.layout(batch.segments, batch.parents)
         hidden_states = self.model.run_text(embeds, batch.position_ids, layout)
         scores = score_targets(
@@ -208,8 +208,7 @@ class CascadeVLForConditionalGeneration(InternVLPreTrainedModel, GenerationMixin
             head_fn,
             self.config.text_config.vocab_size,
         )
-        # FSDP2 hooks what comes out, and a view of something else would lose the hook.
-        return scores if self.model.looks_along is None else scores.clone()
+        return scores if self.model.looks_along is None else scores.clone()  # a view loses hooks
 
     def _embedded(
         self,

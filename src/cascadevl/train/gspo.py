@@ -279,8 +279,9 @@ class Cycle:
             # Others have something to learn, and all must take part; in each batch of it, where
             # the model is divided.
             fewest = num_batches if state.optimiser.is_divided else 1
-            idle = [nothing_learned(group, self.sampler.stop_token_id)]
-            minibatch = minibatch + idle * (fewest - len(minibatch))
+            if (missing := fewest - len(minibatch)) > 0:
+                idle = nothing_learned(group, self.sampler.stop_token_id)
+                minibatch = minibatch + [idle] * missing
             # Over the backward pass, too: checkpointed layers are computed again there.
             with self.model.no_drop_path():
                 update(state, [plan.batch(self.collate) for plan in minibatch], objective)

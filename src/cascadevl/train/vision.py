@@ -198,6 +198,8 @@ def pretrain_vision(
         ConfigError: If the configuration names neither.
         TrainingError: If the run breaks, or cannot be taken up again.
     """
+    if config.model.shard is not None:
+        raise ConfigError("a vision tower alone is not divided; leave model.shard out")
     accelerator = begin(config.run.seed)
     run = settled(config.run, rows=1, num_processes=accelerator.num_processes)
     if config.model.preset is not None:
