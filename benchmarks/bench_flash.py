@@ -302,6 +302,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=8, help="of an answer, likewise")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shapes", nargs="*", help="only these, as ``1b`` or ``38b scaled``")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it works")
     parser.add_argument("--out", type=Path, help="write the JSON document here too")
     args = parser.parse_args()
@@ -310,7 +311,11 @@ def main() -> None:
     dtype = torch.float32 if args.tiny else torch.bfloat16
     document = {
         "arguments": {name: str(value) for name, value in vars(args).items()},
-        "shapes": [compare(name, config, args) for name, config in shapes(args.tiny).items()],
+        "shapes": [
+            compare(name, config, args)
+            for name, config in shapes(args.tiny).items()
+            if args.shapes is None or name in args.shapes
+        ],
         "router": [
             router_share(name, config, dtype, args) for name, config in towers(args.tiny).items()
         ],

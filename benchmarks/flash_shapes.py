@@ -41,13 +41,19 @@ def balance(config: CascadeVLConfig) -> float:
 def scaled(config: CascadeVLConfig) -> CascadeVLConfig:
     """A small shape in which vision tower and text body do the same shares of the work.
 
-    Widths are divided; the depth of the vision tower is what brings the ratio nearest.
+    Widths are divided, heads stay nearly as wide as they are, because the time of a softmax goes by
+    the number of heads; the depth of the vision tower is what brings the ratio nearest.
     """
     wanted = balance(config)
     vision, text = config.vision_config, config.text_config
+    head_width = vision.hidden_size // vision.num_attention_heads
     for part in (vision, text):
         part.hidden_size //= SCALE
         part.intermediate_size //= SCALE
+    width = vision.hidden_size
+    vision.num_attention_heads = next(
+        heads for heads in range(1, width) if width % heads == 0 and width <= heads * head_width
+    )
     text.num_attention_heads //= SCALE
     text.num_key_value_heads = max(1, text.num_key_value_heads // SCALE)
     text.num_hidden_layers //= 2
