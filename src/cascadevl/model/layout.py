@@ -57,7 +57,8 @@ class Buckets:
         query_slot: The query slot of every token; one past the last where the token is padding.
         short_slot: Key slots of short buckets, sorted by token.
         short_start: For every token, where its slots begin in ``short_slot``.
-        shapes: For every bucket its units, queries, keys, and whether it is short; on the CPU.
+        shapes: For every bucket its units, queries, keys, whether it is short, and how many of the
+            first keys are seen by all of its queries; on the CPU.
         short_cells: An expanded scalar; its length is the number of cells of the short buckets,
             so that compilers see it as the size of a tensor.
     """
@@ -68,7 +69,7 @@ class Buckets:
     query_slot: Int64[Tensor, " all_tokens"]
     short_slot: Int64[Tensor, " short_slots"]
     short_start: Int64[Tensor, " all_tokens"]
-    shapes: Int64[Tensor, "buckets 4"]
+    shapes: Int64[Tensor, "buckets 5"]
     short_cells: Int64[Tensor, " cells"]
 
     def to(self, device: torch.device | str) -> Buckets:
@@ -287,8 +288,15 @@ def _buckets(
         query_order.append(np.where(is_query, units.first_order[group, None] + queries, 0).ravel())
         key_index.append(np.where(is_key, chains.chain[seen], 0).ravel())
         filled.append((is_key & short).ravel())
-        shapes.append((len(group), len(queries), len(keys), int(short)))
+        shapes.append((len(group), len(queries), len(keys), int(short), _seen(units, group, window)))
     return _as_tensors(query_index, query_order, key_index, filled, shapes, num_tokens)
+
+
+def _seen(units: _Units, group: Int64[np.ndarray, " _"], window: int | None) -> int:
+    """How many of the first keys of units are seen by all of their queries, so need no mask."""
+    if window is not None and int(units.num_keys[group].max()) > window:
+        return 0
+    return int(units.first_order[group].min()) + 1
 
 
 def _as_tensors(
@@ -296,7 +304,7 @@ def _as_tensors(
     query_order: list[np.ndarray],
     key_index: list[np.ndarray],
     filled: list[np.ndarray],
-    shapes: list[tuple[int, int, int, int]],
+    shapes: list[tuple[int, int, int, int, int]],
     num_tokens: int,
 ) -> Buckets:
     def joined(arrays: list[np.ndarray]) -> np.ndarray:
@@ -307,7 +315,7 @@ def _as_tensors(
     query_slot[queries] = np.arange(len(queries))  # the entry past the last collects the filling
     short_slot = np.flatnonzero(joined(filled))
     uses = np.bincount(keys[short_slot], minlength=num_tokens)
-    short_cells = sum(units * q * k for units, q, k, short in shapes if short)
+    short_cells = sum(units * q * k for units, q, k, short, _ in shapes if short)
     return Buckets(
         query_index=torch.from_numpy(queries),
         query_order=torch.from_numpy(joined(query_order)),
@@ -315,6 +323,6 @@ def _as_tensors(
         query_slot=torch.from_numpy(query_slot[:-1]),
         short_slot=torch.from_numpy(short_slot[np.argsort(keys[short_slot], kind="stable")]),
         short_start=torch.from_numpy(np.cumsum(uses) - uses),
-        shapes=torch.tensor(shapes, dtype=torch.int64).reshape(-1, 4),
+        shapes=torch.tensor(shapes, dtype=torch.int64).reshape(-1, 5),
         short_cells=torch.zeros(1, dtype=torch.int64).expand(short_cells),
     )

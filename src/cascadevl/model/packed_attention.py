@@ -37,6 +37,7 @@ class _Bucket(NamedTuple):
     queries: int
     keys: int
     short: bool
+    seen: int  # so many of the first keys are seen by all queries
     query_slots: slice
     key_slots: slice
     cells: slice
@@ -44,13 +45,14 @@ class _Bucket(NamedTuple):
 
 def _rounds(shapes: Tensor) -> Iterator[_Bucket]:
     query, key, cell = 0, 0, 0
-    for units, queries, keys, short in shapes.tolist():
+    for units, queries, keys, short, seen in shapes.tolist():
         cells = units * queries * keys if short else 0
         yield _Bucket(
             units,
             queries,
             keys,
             bool(short),
+            seen,
             slice(query, query + units * queries),
             slice(key, key + units * keys),
             slice(cell, cell + cells),
@@ -103,13 +105,13 @@ def _probabilities(
     torch's softmax computes in float32 also where it reads and writes bfloat16.
     """
     scores = torch.bmm(queries, keys.mT)
-    place = torch.arange(bucket.keys, device=order.device)
+    place = torch.arange(bucket.seen, bucket.keys, device=order.device)
     order = order.view(bucket.units, 1, 1, bucket.queries, 1)
     hidden = place > order
     if window:
         hidden |= place <= order - window
     grid = (bucket.units, heads.kv, heads.group, bucket.queries, bucket.keys)
-    scores.view(grid).masked_fill_(hidden, float("-inf"))
+    scores.view(grid)[..., bucket.seen :].masked_fill_(hidden, float("-inf"))
     if sinks is None:
         return torch.softmax(scores, -1, out=None if out is None else out.view(scores.shape))
     # A sink takes part of the probability and has no value: what it leaves to the keys is a gate.
