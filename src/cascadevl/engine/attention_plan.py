@@ -66,11 +66,19 @@ class Block:
     low: Int[np.ndarray, "rectangles queries"]
     high: Int[np.ndarray, "rectangles queries"]
 
-    def visible(self, num_keys: int) -> Bool[np.ndarray, "rectangles queries keys"] | None:
-        """Which query sees which key; None if each sees all."""
-        if (self.low <= 0).all() and (self.high >= num_keys).all():
+    def visible(self, num_keys: int) -> Bool[np.ndarray, "rectangles queries last_keys"] | None:
+        """Which query sees which of the last keys; all see those before, of which most are.
+
+        Args:
+            num_keys: Of every rectangle.
+
+        Returns:
+            From the first key on that some query does not see; None if each sees all.
+        """
+        first = 0 if (self.low > 0).any() else int(self.high.min())
+        if first >= num_keys:
             return None
-        place = np.arange(num_keys)
+        place = np.arange(first, num_keys)
         return (place >= self.low[..., None]) & (place < self.high[..., None])
 
 

@@ -62,7 +62,7 @@ class _Ready:
     in_order: bool  # a rectangle a token, or one of all tokens: nothing has to be sorted
     kept: Int64[Tensor, " some"] | None  # those of `queries` that are no repetition
     pages: Int64[Tensor, " all_pages"]
-    hidden: Bool[Tensor, "rectangles 1 queries keys"] | None
+    hidden: Bool[Tensor, "rectangles 1 queries last_keys"] | None
     shape: tuple[int, int]  # rectangles, queries of each
     first_slot: int | None
     num_keys: int
@@ -220,7 +220,8 @@ def _attend_block(
     )  # (kv * rectangles, groups * queries, keys)
     if block.hidden is not None:
         shape = (num_kv, rectangles, num_groups, num_queries, -1)
-        scores.view(shape).masked_fill_(block.hidden, torch.finfo(scores.dtype).min)
+        last = scores.view(shape)[..., -block.hidden.shape[-1] :]
+        last.masked_fill_(block.hidden, torch.finfo(scores.dtype).min)
     sums = None
     if with_sums:
         weights = torch.softmax(scores, -1, dtype=torch.float32)

@@ -288,7 +288,9 @@ def _buckets(
         query_order.append(np.where(is_query, units.first_order[group, None] + queries, 0).ravel())
         key_index.append(np.where(is_key, chains.chain[seen], 0).ravel())
         filled.append((is_key & short).ravel())
-        shapes.append((len(group), len(queries), len(keys), int(short), _seen(units, group, window)))
+        shapes.append(
+            (len(group), len(queries), len(keys), int(short), _seen(units, group, window))
+        )
     return _as_tensors(query_index, query_order, key_index, filled, shapes, num_tokens)
 
 
