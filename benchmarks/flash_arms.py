@@ -130,6 +130,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="micro")
     parser.add_argument("--vico", type=Path, default=Path("configs/vico_micro.yaml"))
     parser.add_argument("--router", type=Path, default=Path("configs/router_micro.yaml"))
+    parser.add_argument("--mixed", type=float, help="instead of the configuration's vico.mixed")
     parser.add_argument("--base-steps", type=int, default=1000)
     parser.add_argument("--vico-steps", type=int, default=600)
     parser.add_argument("--router-steps", type=int, default=300)
@@ -148,6 +149,8 @@ def arguments() -> argparse.Namespace:
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """How the models come about, by the arguments and the configurations they name."""
     consistent = load_config(ViCOConfig, files=[args.vico])
+    if args.mixed is not None:
+        consistent = replace(consistent, vico=replace(consistent.vico, mixed=args.mixed))
     routed = load_config(RouterConfig, files=[args.router])
     return Recipe(
         out=args.out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -163,6 +164,37 @@ def test_a_compression_is_drawn_one_an_image_whatever_the_increments(
     assert builder.prompt(MESSAGES[:3]).tokens_per_tile == ()
     plain = ExampleBuilder(tokenizer, replace(config, compress=0.0), 4, compressed_tokens=1)
     assert plain(shown).tokens_per_tile == ()
+
+
+def test_tiles_of_an_image_are_compressed_each_by_itself_where_they_are_mixed(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tiling = TilingConfig(tile_px=28, max_tiles=8)
+    config = ExampleConfig(tiling=tiling, compress=0.5, share_tiles=False, seed=3)
+    shown = record(user(ImageRef(picture(224, 28)), ImageRef(picture(224, 28))), answer("3"))
+
+    def drawn(mixed: float, epochs: int) -> list[tuple[int, ...]]:
+        builder = ExampleBuilder(tokenizer, replace(config, mixed=mixed), 4, compressed_tokens=1)
+        examples = [builder(shown, epoch=epoch) for epoch in range(epochs)]
+        assert all(each.tiles_per_image == (9, 9) for each in examples)
+        return [half for e in examples for half in (e.tokens_per_tile[:9], e.tokens_per_tile[9:])]
+
+    half = drawn(0.5, 200)
+    alike = [len(set(each)) == 1 for each in half]
+    # half of the images by the report's rule; of the others two in ten are alike by chance:
+    # each number of compressed tiles, 0 to 9, is as likely
+    assert sum(alike) / len(alike) == pytest.approx(0.6, abs=0.08)
+    counts = Counter(each.count(1) for each in drawn(1.0, 300))
+    assert set(counts) == set(range(10))
+    assert max(counts.values()) < 2 * min(counts.values())
+    assert drawn(0.5, 3) == half[:6]
+    reported = drawn(0.0, 200)
+    assert all(len(set(each)) == 1 for each in reported)
+    # the other half of the images, and one in ten of the mixed ones, are as without it
+    same = [one == other for one, other in zip(half, reported, strict=True)]
+    assert sum(same) / len(same) == pytest.approx(0.55, abs=0.08)
+    with pytest.raises(ConfigError, match="it is a probability"):
+        replace(config, mixed=-1.0)
 
 
 def test_in_one_form_only_the_compression_differs_between_epochs(

@@ -25,8 +25,10 @@ class Stripes:
     Stripes are two patches wide, so that a full token has one colour and a compressed one both.
     """
 
-    def __init__(self, length: int = 24, name: str = "stripes", *, text_every: int = 6) -> None:
-        self.length, self.name, self.text_every = length, name, text_every
+    def __init__(
+        self, length: int = 24, name: str = "stripes", *, text_every: int = 6, tiles: int = 1
+    ) -> None:
+        self.length, self.name, self.text_every, self.tiles = length, name, text_every, tiles
 
     def __len__(self) -> int:
         return self.length
@@ -35,7 +37,7 @@ class Stripes:
         first, second = COLOURS[index % 6], COLOURS[(index + 1 + index // 6) % 6]
         asked: tuple[Any, ...] = (f"{first} {second}. Which color?",)
         if index % self.text_every:
-            asked = (ImageRef(striped(first, second)), "\nWhich color?")
+            asked = (ImageRef(striped(first, second, 112 * self.tiles)), "\nWhich color?")
         return Record(
             source=f"{self.name}:{index}",
             record_id=str(index),
@@ -47,10 +49,10 @@ class Stripes:
         )
 
 
-def striped(first: str, second: str) -> PIL.Image.Image:
+def striped(first: str, second: str, width: int = 112) -> PIL.Image.Image:
     """A picture in which two colours take turns, column by column."""
-    image = PIL.Image.new("RGB", (112, 112), first)
-    for left in range(28, 112, 56):
+    image = PIL.Image.new("RGB", (width, 112), first)
+    for left in range(28, width, 56):
         image.paste(second, (left, 0, left + 28, 112))
     return image
 

@@ -68,6 +68,14 @@ def test_it_learns_to_say_with_fewer_tokens_what_it_says_with_all(
     assert model.config.flash_absolute_threshold is None  # stage 2 calibrates it
 
 
+def test_tiles_of_an_image_are_mixed_where_it_is_asked_for(start: Path, tmp_path: Path) -> None:
+    config = vico_config(tmp_path / "run", start, run__num_steps=2, vico__mixed=1.0)
+    vico(config, sources=stripes(tiles=2, text_every=24), console=QUIET)
+    for line in logged(tmp_path / "run"):
+        assert line["share_mixed"] > 0.1
+        assert line["kl_mixed"] > 1e-3  # of full ones it begins at 1e-5
+
+
 def test_the_whole_model_is_trained_but_for_the_router(start: Path, tmp_path: Path) -> None:
     result = run(tmp_path / "run", start, optim__lr=1e-3)
     after, _ = cascadevl.load(str(result.model_path))
@@ -245,6 +253,7 @@ def test_what_cannot_work_is_refused(start: Path, tmp_path: Path) -> None:
         ("leave it out", {"model__drop_path": 0.1}),
         ("vico.compress is 0", {"vico__compress": 0.0}),
         ("vico.compress is 1.5", {"vico__compress": 1.5}),
+        ("vico.mixed is 2", {"vico__mixed": 2.0}),
         ("vico.top_tokens is 0", {"vico__top_tokens": 0}),
         ("vico.reference_part is 0", {"vico__reference_part": 0}),
     ):

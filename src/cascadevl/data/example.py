@@ -60,6 +60,8 @@ class ExampleConfig:
             training; False gives each of them all, as released -HF processors do.
         compress: Probability that all tiles of an image, or all frames of a video, are compressed
             (ViCO, InternVL3.5 report: 0.5 each for 1/4 and 1/16 of the patch features).
+        mixed: Probability that they are compressed each by itself instead, any share of them, as
+            a router leaves them (docs/decisions/0053; the report: never).
         one_form: Draw everything but the compression as in the first epoch, so that what another
             model thought of a record once holds in every epoch.
     """
@@ -76,6 +78,7 @@ class ExampleConfig:
     max_frames: int = 32
     share_tiles: bool = True
     compress: float = 0.0
+    mixed: float = 0.0
     one_form: bool = False
 
     def __post_init__(self) -> None:
@@ -96,8 +99,9 @@ class ExampleConfig:
             raise ConfigError(
                 f"increment is {self.increment}, but must be above 0 and at most 1, or 'random'"
             )
-        if not 0.0 <= self.compress <= 1.0:
-            raise ConfigError(f"compress is {self.compress}; it is a probability, 0 to 1")
+        for name in ("compress", "mixed"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it is a probability, 0 to 1")
 
 
 @dataclass(slots=True)
@@ -145,10 +149,10 @@ class ExampleBuilder:
                 compressed without a word on how far.
         """
         self.tokenizer, self.config, self.tokens_per_tile = tokenizer, config, tokens_per_tile
-        if config.compress and compressed_tokens is None:
+        if (config.compress or config.mixed) and compressed_tokens is None:
             raise ConfigError(
-                f"compress is {config.compress}, but the model has no compressed tiles; start from "
-                f"one with flash_mode"
+                f"compress is {config.compress} and mixed {config.mixed}, but the model has no "
+                f"compressed tiles; start from one with flash_mode"
             )
         self.compressed_tokens = compressed_tokens
         self.template = template_named(config.template)
@@ -320,15 +324,12 @@ class ExampleBuilder:
 
     def _counts(self, pictures: Pictures, draw: Draw) -> tuple[int, ...]:
         """Visual tokens of each tile, where a compression is drawn."""
-        if self.compressed_tokens is None or not self.config.compress:
+        config = self.config
+        if self.compressed_tokens is None or not (config.compress or config.mixed):
             return ()
-        drawn = pictures.compressed(self.config.compress, draw)
         sizes = (self.tokens_per_tile, self.compressed_tokens)
-        return tuple(
-            sizes[compressed]
-            for tiles, compressed in zip(pictures.tiles, drawn, strict=True)
-            for _ in tiles
-        )
+        drawn = pictures.compressed(config.compress, draw, mixed=config.mixed)
+        return tuple(sizes[compressed] for compressed in drawn)
 
     def _encode(self, segments: Sequence[Sequence[Piece]]) -> list[_Encoded]:
         contents = [piece.content for pieces in segments for piece in pieces]

@@ -149,18 +149,26 @@ class Pictures:
         drawn = self.draw.generator("increment").choice(INCREMENTS, size=num_owners)
         return tuple(float(drawn[owner]) for owner in self.owners)
 
-    def compressed(self, probability: float, draw: Draw) -> tuple[bool, ...]:
-        """Which pictures have all their tiles compressed (ViCO, InternVL3.5 report).
+    def compressed(self, probability: float, draw: Draw, *, mixed: float = 0.0) -> tuple[bool, ...]:
+        """Which tiles are compressed (ViCO, InternVL3.5 report).
 
         As with increments, the frames of a video share what is drawn.
 
         Args:
-            probability: Of each picture to be compressed.
+            probability: Of a picture to have all its tiles compressed; otherwise none is.
             draw: Whose draw it is; that of the epoch, also where the pictures are of another.
+            mixed: Probability that the tiles of a picture are compressed each by itself instead,
+                with a probability that is drawn for the picture, evenly from 0 to 1.
 
         Returns:
-            One an entry of ``tiles``.
+            One a tile, picture after picture.
         """
         num_owners = max(self.owners, default=-1) + 1
-        drawn = draw.generator("compression").random(num_owners) < probability
-        return tuple(bool(drawn[owner]) for owner in self.owners)
+        share = (draw.generator("compression").random(num_owners) < probability).astype(np.float64)
+        owners = np.repeat(np.array(self.owners, dtype=np.int64), [len(t) for t in self.tiles])
+        if not mixed:
+            return tuple((share[owners] > 0).tolist())
+        generator = draw.generator("compression of tiles")
+        is_mixed = generator.random(num_owners) < mixed
+        share = np.where(is_mixed, generator.random(num_owners), share)
+        return tuple((generator.random(len(owners)) < share[owners]).tolist())

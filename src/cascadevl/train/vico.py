@@ -46,6 +46,8 @@ class ViCOSection:
 
     Attributes:
         compress: Probability that an image is compressed to a sixteenth of its patch features.
+        mixed: Probability that the tiles of an image are compressed each by itself instead, with a
+            probability that is drawn for the image.
         reference: Where the reference is: ``copy`` keeps a second copy of what is trained (with
             LoRA of the adapters alone), ``stored`` asks it about all records before training.
         top_tokens: Most probable tokens kept of its distribution; all others are one bucket.
@@ -54,6 +56,7 @@ class ViCOSection:
     """
 
     compress: float = 0.5  # report: xi is drawn from {1/4, 1/16} evenly
+    mixed: float = 0.0  # report: all tiles of an image alike; docs/decisions/0053
     reference: Literal["copy", "stored"] = "copy"  # report: an extra frozen model
     top_tokens: int = 256  # ours: docs/decisions/0028
     reference_part: int = 256
@@ -65,6 +68,8 @@ class ViCOSection:
                 f"vico.compress is {self.compress}; it is the probability that an image is "
                 "compressed, above 0 and at most 1"
             )
+        if not 0 <= self.mixed <= 1:
+            raise ConfigError(f"vico.mixed is {self.mixed}; it is a probability, 0 to 1")
         for name in ("top_tokens", "reference_part"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"vico.{name} is {getattr(self, name)}; use 1 or more")
@@ -266,6 +271,7 @@ def sample_builder(
         example_config(config.data, processor, config.run.seed),
         max_positions=dynamic_limit(model),
         compress=config.vico.compress,
+        mixed=config.vico.mixed,
         one_form=True,
     )
     return ExampleBuilder(
