@@ -72,10 +72,11 @@ class Draws:
         Both ends are those of the model without a choice: all tiles compressed, all full.
 
         Args:
-            rule: One of `RULES`.
+            rule: One of `RULES`; behind the name of a run and a colon where arms have one.
             number: Of the draw; 0 is what was measured.
         """
-        arms = [*arms_of(rule, self.score), ALL_SMALL, ALL_FULL]
+        run = "".join(rule.rpartition(": ")[:2])
+        arms = [*arms_of(rule, self.score), run + ALL_SMALL, run + ALL_FULL]
         return sorted((self.tokens[arm][number], self.score[arm][number]) for arm in arms)
 
 
@@ -136,12 +137,18 @@ def arm(name: str, results: Sequence[Mapping[str, Any]], draws: Draws) -> dict[s
         "all": pooled([run["right"] for run in runs]),
         "rows": {row: pooled(of_row(results, runs, row)) for row in families},
         "tokens": float(draws.tokens[name][0]),
-        "kept": interval(100 * draws.score[name] / np.maximum(draws.score[BEFORE], 1e-9)),
+        "kept": interval(share_kept(draws, name)),
         "kept_by_seed": [
             100 * sum(run["right"]) / max(sum(base["right"]), 1)
             for run, base in zip(runs, baseline, strict=True)
         ],
     }
+
+
+def share_kept(draws: Draws, name: str) -> np.ndarray:
+    """What an arm keeps of the baseline's score in each draw, in percent."""
+    kept: np.ndarray = 100 * draws.score[name] / np.maximum(draws.score[BEFORE], 1e-9)
+    return kept
 
 
 def of_row(
