@@ -71,6 +71,7 @@ def test_it_learns_to_say_with_fewer_tokens_what_it_says_with_all(
 def test_tiles_of_an_image_are_mixed_where_it_is_asked_for(start: Path, tmp_path: Path) -> None:
     config = vico_config(tmp_path / "run", start, run__num_steps=2, vico__mixed=1.0)
     vico(config, sources=stripes(tiles=2, text_every=24), console=QUIET)
+    assert replace(config.vico, compress=0.2, mixed=0.5).compressed_share == pytest.approx(0.35)
     for line in logged(tmp_path / "run"):
         assert line["share_mixed"] > 0.1
         assert line["kl_mixed"] > 1e-3  # of full ones it begins at 1e-5

@@ -74,6 +74,11 @@ class ViCOSection:
             if getattr(self, name) < 1:
                 raise ConfigError(f"vico.{name} is {getattr(self, name)}; use 1 or more")
 
+    @property
+    def compressed_share(self) -> float:
+        """Share of all tiles that are compressed on average."""
+        return (1 - self.mixed) * self.compress + self.mixed / 2
+
 
 def _batch() -> BatchConfig:
     return BatchConfig(averaging="sample")  # report: a mean over the N tokens of a response

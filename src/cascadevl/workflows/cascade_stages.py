@@ -230,8 +230,8 @@ def _vico(config: CascadeConfig, place: Place, console: Console) -> Done:
     done = _trained(result, run, "vico", place)
     # The reference reads every sample, or every record once, with full tiles.
     shape, work = _work(run, result)
-    restored = run.vico.compress * work.tiles * (shape.tokens_per_tile - shape.compressed_tokens)
-    seen = replace(work, tokens=work.tokens + round(restored))
+    share, saved = run.vico.compressed_share, shape.tokens_per_tile - shape.compressed_tokens
+    seen = replace(work, tokens=work.tokens + round(share * work.tiles * saved))
     return replace(
         done,
         place=replace(done.place, reference=place.model),
