@@ -42,7 +42,7 @@ from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.engine import Engine
 from cascadevl.engine.requests import EngineConfig, Request
 from cascadevl.engine.sampling import SamplingParams
-from cascadevl.eval.suite import draw_row
+from cascadevl.eval.suite import Asked, draw_row, most_frequent
 from cascadevl.host_memory import keep_freed_memory
 from cascadevl.model.flash import add_flash
 from cascadevl.model.flash_start import start_as_mean
@@ -116,7 +116,13 @@ def main() -> None:
         results.append(kept(args.out / f"arms-{seed}.json", ask))
         print(f"seed {seed}: {hours.words}", flush=True)
     number = edition(find(args.model))
-    summary = {"model": args.model, "edition": number, "seeds": args.seeds, **summarise(results)}
+    summary = {
+        "model": args.model,
+        "edition": number,
+        "seeds": args.seeds,
+        "guessing": guessing(args.questions, args.seeds),
+        **summarise(results),
+    }
     (args.out / "arms.md").write_text(tables(summary), "utf-8")
     draw(summary, args.out / "arms.png")
     print(tables(summary))
@@ -198,12 +204,29 @@ def arms_of_seed(
     return {"rows": exam.rows, "arms": found}
 
 
+def asked_of_seed(questions: int, seed: int) -> list[Asked]:
+    """The held-out questions of a seed, family after family."""
+    return [
+        each
+        for row in material.rows(questions)
+        for each in draw_row(row, split="test", seed=SEED_OF_QUESTIONS + seed)
+    ]
+
+
+def guessing(questions: int, seeds: Sequence[int]) -> dict[str, float]:
+    """Percent of right answers to each family by always giving its most frequent answer."""
+    asked = [each for seed in seeds for each in asked_of_seed(questions, seed)]
+    return {
+        row.name: 100 * most_frequent([each for each in asked if each.row == row.name]).share
+        for row in material.rows(questions)
+    }
+
+
 def drawn(processor: CascadeVLProcessor, questions: int, scenes: int, seed: int) -> Exam:
     """The questions of a seed, and the tiles that set thresholds, the same for all seeds."""
     asked = [
         (each.row, each.question, processor.prompt(to_prompt(each.scene, each.question)))
-        for row in material.rows(questions)
-        for each in draw_row(row, split="test", seed=SEED_OF_QUESTIONS + seed)
+        for each in asked_of_seed(questions, seed)
     ]
     training = (
         family.task.draw("train", SEED_OF_TILES, index)

@@ -140,7 +140,7 @@ def draw(summary: Mapping[str, Any], runs: Sequence[str], path: Path) -> None:
     axes.axhline(99.5, color="grey", linewidth=0.8, linestyle="--")
     axes.axvline(50, color="grey", linewidth=0.8, linestyle="--")
     axes.set_xlabel("visual tokens, percent of all (dashed: half of them)")
-    axes.set_ylabel("percent of the baseline's score (dashed: 99.5), 95 % interval")
+    axes.set_ylabel("percent of the baseline's score (dashed: 99.5)")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
