@@ -15,7 +15,8 @@ same command goes on. Once the baseline is there, seeds may run side by side (``
 whole command then puts them together. ``core_hours.json`` of each folder says what it took.
 
 Cost, measured: 0.4 core-hours for the baseline and 0.6 for each seed, one thread.
-Run: ``python benchmarks/flash_arms.py --out runs/flash_arms --threads 1``. The last line is one
+Run: ``python benchmarks/flash_arms.py --out runs/flash_arms --mixed 0 --threads 1``, which draws as
+the report does. The last line is one
 JSON document. ``--tiny`` proves in minutes that it works.
 """
 

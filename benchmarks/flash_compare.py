@@ -27,6 +27,7 @@ from flash_curves import (
     budget,
     interval,
     leads,
+    plot,
     share_kept,
 )
 from flash_rules import RULES
@@ -122,21 +123,8 @@ def draw(summary: Mapping[str, Any], runs: Sequence[str], path: Path) -> None:
     for number, run in enumerate(runs):
         for rule, style in zip(DRAWN, ("-", ":"), strict=True):
             names = [*arms_of(f"{run}: {rule}", arms), f"{run}: {ALL_SMALL}", f"{run}: {ALL_FULL}"]
-            found = sorted((arms[name] for name in names), key=lambda each: each["tokens"])
-            kept = [each["kept"] for each in found]
-            spread = [
-                [max(0.0, each["value"] - each["low"]) for each in kept],
-                [max(0.0, each["high"] - each["value"]) for each in kept],
-            ]
-            axes.errorbar(
-                [100 * each["tokens"] for each in found],
-                [each["value"] for each in kept],
-                yerr=spread,
-                capsize=3,
-                linestyle=style,
-                color=f"C{number}",
-                label=f"{run}, {rule}",
-            )
+            look = {"linestyle": style, "color": f"C{number}", "label": f"{run}, {rule}"}
+            plot(axes, [arms[name] for name in names], **look)
     axes.axhline(99.5, color="grey", linewidth=0.8, linestyle="--")
     axes.axvline(50, color="grey", linewidth=0.8, linestyle="--")
     axes.set_xlabel("visual tokens, percent of all (dashed: half of them)")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from experiment import markdown, pooled, written
 from flash_rules import RULES
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -286,16 +287,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     arms = summary["arms"]
     for rule in RULES:
-        names = sorted(
-            [*arms_of(rule, arms), ALL_SMALL, ALL_FULL], key=lambda name: arms[name]["tokens"]
-        )
-        kept = [arms[name]["kept"] for name in names]
-        spread = [
-            [max(0.0, each["value"] - each["low"]) for each in kept],
-            [max(0.0, each["high"] - each["value"]) for each in kept],
-        ]
-        tokens, values = [100 * arms[n]["tokens"] for n in names], [e["value"] for e in kept]
-        axes.errorbar(tokens, values, yerr=spread, capsize=3, label=rule)
+        plot(axes, [arms[n] for n in [*arms_of(rule, arms), ALL_SMALL, ALL_FULL]], label=rule)
     for name, mark in ((BEFORE, "s"), (ALL_SMALL, "o"), (SMALL_BEFORE, "x")):
         point = (100 * arms[name]["tokens"], arms[name]["kept"]["value"])
         axes.plot(*point, mark, color="black", label=name)
@@ -305,3 +297,21 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel("percent of the baseline's score (dotted: 99.5)")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
+
+
+def plot(axes: Axes, arms: Sequence[Mapping[str, Any]], **style: Any) -> None:
+    """Draw what arms keep against their tokens, with intervals, as one curve.
+
+    Args:
+        axes: Where.
+        arms: Their ``tokens`` and ``kept``, in any order.
+        style: Of the curve, as matplotlib's ``errorbar`` takes it.
+    """
+    found = sorted(arms, key=lambda each: each["tokens"])
+    kept = [each["kept"] for each in found]
+    spread = [
+        [max(0.0, each["value"] - each["low"]) for each in kept],
+        [max(0.0, each["high"] - each["value"]) for each in kept],
+    ]
+    tokens, values = [100 * each["tokens"] for each in found], [each["value"] for each in kept]
+    axes.errorbar(tokens, values, yerr=spread, capsize=3, **style)
