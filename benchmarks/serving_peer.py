@@ -38,7 +38,7 @@ class _Writer(BaseStreamer):
         if self.is_prompt:
             self.is_prompt = False
             return
-        text = self.tokenizer.decode(value.tolist())
+        text = self.tokenizer.decode(value.tolist(), skip_special_tokens=True)
         self.send({"delta": {"content": text}, "logprobs": {"content": []}, "finish_reason": None})
 
     def end(self) -> None:

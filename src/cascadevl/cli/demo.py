@@ -15,8 +15,9 @@ def add_parser(subparsers: Subparsers) -> None:
         help="let micro answer, teach it something new, and report what that changed",
         description="Micro, the model that comes with the package, answers a page of pictures at "
         "once. Then it is taught something it does not know, boxes of shapes: fine-tuned, then "
-        "reinforced by MPO and GSPO, and examined all along, on boxes and on all it knew. Leaves "
-        "a report and a checkpoint.",
+        "reinforced by MPO and GSPO, and examined all along, on boxes and on all it knew. Last, a "
+        "copy learns to do with fewer visual tokens (ViCO and the router). Leaves a report and "
+        "both checkpoints.",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder to write (runs/demo)"

@@ -93,11 +93,12 @@ class Report:
         plots: Curves.
         facts: Names and values about the run.
         commands: What a reader can type next.
-        num_pictures: Pictures shown of each row.
+        num_pictures: Pictures shown of each row; with 0 no answers are shown.
         show_scores: Whether scores stand in a table; few answers say little about shares.
         compare: Whether the last stage is compared with the first: what changed stands in the
             table, and what the first said stands on every card.
         routed: Answers of a Flash model whose pictures are shown with the tiles it compressed.
+        pages: Titles and addresses of further pages, relative to this one.
     """
 
     title: str
@@ -110,6 +111,7 @@ class Report:
     show_scores: bool = True
     compare: bool = False
     routed: Sequence[RoutedAnswer] = ()
+    pages: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -150,10 +152,12 @@ def write_report(report: Report, path: Path) -> None:
                 ],
             }
             for earlier, score in zip(first, last, strict=True)
+            if report.num_pictures
         ],
         routed=[_routed_card(each) for each in report.routed],
         facts=list(report.facts.items()),
         commands=report.commands,
+        pages=list(report.pages.items()),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, "utf-8")

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 from cascadevl.data.processor import CascadeVLProcessor
 from cascadevl.engine.conversation import answer
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.model.routing import VisualBudget
 from cascadevl.types import Message
 
 
@@ -79,6 +80,8 @@ class ModelResponder:
         temperature: 0 for greedy answers.
         top_p: Share of probability that answers are drawn from.
         seed: Of sampled answers.
+        visual_budget: Which tiles are compressed, if the model has a router; None for its own
+            thresholds.
     """
 
     model: CascadeVLForConditionalGeneration
@@ -87,6 +90,7 @@ class ModelResponder:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    visual_budget: VisualBudget | None = None
 
     def __call__(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """Answer all conversations; pictures that several share are encoded once."""
@@ -102,5 +106,6 @@ class ModelResponder:
             temperature=self.temperature,
             top_p=self.top_p,
             seed=seed,
+            visual_budget=self.visual_budget,
         )
         return [Reply(each.text, each.finish_reason) for each in answers]

@@ -146,12 +146,14 @@ class RoutedAnswer:
     """An answered question with what became of the tiles of its picture.
 
     Attributes:
+        row: Of the suite.
         answered: Question and answer.
         columns: Columns of the picture's grid.
         rows: Rows.
         routes: What became of its tiles.
     """
 
+    row: str
     answered: Answered
     columns: int
     rows: int
@@ -186,6 +188,7 @@ def routed_answers(
             tiles = tile_image(picture, processor.tiling)
             found.append(
                 RoutedAnswer(
+                    row=score.row,
                     answered=answered,
                     columns=columns,
                     rows=rows,

@@ -39,14 +39,18 @@ WATCHED = (
 _BOXES = Grounding(px=micro.TILE_PX, num_questions=4)
 
 
-def sources() -> list[WeightedSource]:
-    """The mixture: boxes, and micro's own SFT mixture in the share that is left."""
+def sources(new_share: float = NEW_SHARE) -> list[WeightedSource]:
+    """The mixture: boxes, and micro's own SFT mixture in the share that is left.
+
+    Args:
+        new_share: Draws of boxes.
+    """
     new = TaskSource(task=_BOXES, length=micro.TRAINING_SCENES, seed=SEED, label="boxes")
     kept = micro.sources("sft")
     total = sum(weighted.weight or 0.0 for weighted in kept)
     return [
-        WeightedSource(source=new, weight=NEW_SHARE),
-        *(replace(each, weight=(1 - NEW_SHARE) * (each.weight or 0.0) / total) for each in kept),
+        WeightedSource(source=new, weight=new_share),
+        *(replace(each, weight=(1 - new_share) * (each.weight or 0.0) / total) for each in kept),
     ]
 
 

@@ -30,7 +30,7 @@ from cascadevl.train.router import FACTS, router
 from cascadevl.train.router_config import RouterConfig
 from cascadevl.train.run import TrainResult
 from cascadevl.train.sft import sft
-from cascadevl.train.vico import vico
+from cascadevl.train.vico import ViCOConfig, vico
 from cascadevl.workflows.cascade_config import CascadeConfig, StageName
 from cascadevl.workflows.preference_config import PreferenceConfig
 from cascadevl.workflows.preference_data import make_preferences
@@ -225,7 +225,7 @@ def _gspo(config: CascadeConfig, place: Place, console: Console) -> Done:
 
 
 def _vico(config: CascadeConfig, place: Place, console: Console) -> Done:
-    run = _on_sft_data(_placed(config.vico, config, "vico", place), config)
+    run = placed_vico(config, place)
     result = vico(run, console=console)
     done = _trained(result, run, "vico", place)
     # The reference reads every sample, or every record once, with full tiles.
@@ -287,6 +287,11 @@ def placed_gspo(config: CascadeConfig, place: Place) -> GSPOConfig:
     if config.problems.file is not None or config.problems.tasks:
         return replace(run, problems=config.problems)
     return run
+
+
+def placed_vico(config: CascadeConfig, place: Place) -> ViCOConfig:
+    """The run of visual consistency on its own data, or on those of SFT."""
+    return _on_sft_data(_placed(config.vico, config, "vico", place), config)
 
 
 def placed_router(config: CascadeConfig, place: Place) -> RouterConfig:

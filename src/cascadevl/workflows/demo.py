@@ -1,8 +1,9 @@
-"""``make demo``: micro answers at once, is taught something new, and is reinforced in it.
+"""``make demo``: micro answers at once, is taught something new, reinforced in it, and shrunk.
 
 The new family is one that micro was not trained on: boxes (`cascadevl.workflows.boxes`). It is
 fine-tuned on them, then goes through both kinds of reinforcement, MPO and GSPO. The old families
-are asked about before and after each, since teaching can also make a model forget.
+are asked about before and after each, since teaching can also make a model forget. In the end a
+copy learns to do with fewer visual tokens (`cascadevl.workflows.boxes_flash`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from cascadevl.train.gspo_config import GSPOConfig
 from cascadevl.train.mpo import MPOConfig, mpo
 from cascadevl.train.run import TrainResult
 from cascadevl.train.sft import sft
-from cascadevl.workflows import boxes, micro
+from cascadevl.workflows import boxes, boxes_flash, micro
 from cascadevl.workflows.boxes_reinforcement import cascade_config
 from cascadevl.workflows.cascade_stages import Place, placed_gspo, placed_mpo, run_stage
 from cascadevl.workflows.demo_report import course_plots, minutes, num_parameters
@@ -59,7 +60,7 @@ def run(
     num_questions: int = 200,
     console: Console | None = None,
 ) -> Path:
-    """Let micro answer, teach it boxes, reinforce it, examine it all along, write the report.
+    """Let micro answer, teach it boxes, reinforce and compress it, examine it all along, report.
 
     Args:
         out: The demo's folder. One that holds a finished demo is kept under another name; one
@@ -118,7 +119,9 @@ def run(
     taught, _ = load(path, dtype=torch.bfloat16)
     examine(demo, "SFT", taught)
     path = _reinforce(demo, path, steps_scale, packs=can_pack(taught))
-    return finish(demo, path, lambda commands: _report(demo, name, commands))
+    page = boxes_flash.compress(demo, path, steps_scale=steps_scale)
+    pages = {} if page is None else {"The same with fewer visual tokens": page.name}
+    return finish(demo, path, lambda commands: replace(_report(demo, name, commands), pages=pages))
 
 
 def _reinforce(demo: Demonstration, model: Path, steps_scale: float, *, packs: bool) -> Path:

@@ -24,6 +24,7 @@ from cascadevl.eval.tile_routes import RoutedAnswer, routed_answers
 from cascadevl.model.checkpoint import configuration, open_checkpoint
 from cascadevl.model.loading import load
 from cascadevl.model.modeling import CascadeVLForConditionalGeneration
+from cascadevl.model.routing import VisualBudget
 from cascadevl.train.loop import TrainState
 from cascadevl.train.run import TrainResult
 from cascadevl.workflows.course import Course
@@ -98,16 +99,26 @@ def begin(out: Path, console: Console) -> Course:
     return course
 
 
-def examine(demo: Demonstration, name: str, model: CascadeVLForConditionalGeneration) -> None:
+def examine(
+    demo: Demonstration,
+    name: str,
+    model: CascadeVLForConditionalGeneration,
+    *,
+    visual_budget: VisualBudget | None = None,
+) -> None:
     """Ask all questions, and show the scores so far.
 
     Args:
         demo: The demo.
         name: Of this point of the training, for example "after sft".
         model: Who answers.
+        visual_budget: Which tiles are compressed, instead of what the model's thresholds say.
     """
     responder = ModelResponder(
-        model=model, processor=demo.processor, max_new_tokens=demo.answer_tokens
+        model=model,
+        processor=demo.processor,
+        max_new_tokens=demo.answer_tokens,
+        visual_budget=visual_budget,
     )
     number = demo.rows[0].num_questions
     with demo.console.status(f"asking {number} questions of each kind"):
@@ -131,7 +142,7 @@ def train(
         demo: The demo.
         stage: Its name, which is that of its run folder.
         num_steps: Its steps.
-        recipe: Trains, calling what it is given now and then.
+        recipe: Trains, calling what it is given now and then, if the stage is to have a curve.
         folder: Its run folder, where that is not the demo's of that name.
         plots_loss: Whether its loss tells anything.
 
@@ -166,7 +177,8 @@ def train(
         demo.losses.extend((first + step, loss) for step, loss in losses)
     counts = ", ".join(f"{value:,} {name}" for name, value in result.counters.items())
     elapsed = minutes(demo.course.seconds[stage])
-    demo.facts[stage] = f"{num_steps} steps in {elapsed} (with small examinations); {counts}"
+    watched = " (with small examinations)" if demo.course.points[stage] else ""
+    demo.facts[stage] = f"{num_steps} steps in {elapsed}{watched}; {counts}"
     return result.model_path
 
 
