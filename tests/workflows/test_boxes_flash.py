@@ -88,6 +88,9 @@ def test_the_page_has_the_scores_of_all_three_and_the_tiles(
     assert [words.split()[2] for words in told] == ["5"] * 3 + ["1"] * 3
     assert len(page.images) == len(told)  # no gallery of answers beside it
     assert {"vico", "router", "visual tokens"} <= set(page.of("dt"))
+    threshold = load(finished.out / "flash")[0].config.flash_absolute_threshold
+    assert threshold is not None
+    assert f"a probability of {threshold:.0%} or more" in page.of("p", "lead")[0]
 
 
 @pytest.mark.parametrize(("budget", "place"), [("compressed", 1), (None, 2)])
