@@ -1,4 +1,4 @@
-"""Serving pictures: coupled, decoupled (DvD), DvD with a router, and a plain transformers server.
+"""Serving pictures: coupled, decoupled (DvD), both with a router, and a plain transformers server.
 
 Real server processes over HTTP on loopback, pinned to cores, with a model of InternVL3.5-38B's
 proportions (serving_model.py) at 448, 896 and 1344 px and answers of 32 and 256 tokens. Requests
@@ -9,9 +9,9 @@ resolutions, as the report's 16 a second are for its 38B; ``calm`` is 0.7 times 
 server answers at that resolution, and is what latencies are read from.
 
 Two sorts of rows. ``same hardware``: two cores each; coupled is one process with two threads,
-batching and feature cache on, at the best settings of a sweep that is recorded. ``vision core
-added`` is what table 18 compares: coupled on one core, DvD with a second one for its vision server.
-All of them are set beside the plain transformers server, too.
+batching and feature cache on, at the best settings of a sweep (896 px) that is recorded. ``vision
+core added`` is what table 18 compares: coupled on one core, DvD with a second one for its vision
+server. All of them are set beside the plain transformers server, too.
 
 Equal answers are proven first, on a small model in float32: all servers say the same. Beside each
 ratio stand table 18's, the bound from counted operations, and what the planner
@@ -19,7 +19,8 @@ ratio stand table 18's, the bound from counted operations, and what the planner
 
 The last line is one JSON document. Run: ``python benchmarks/bench_serving.py``; ``--tiny`` proves
 that it works, in minutes; ``--soak MINUTES`` is the load test (200 clients) instead. A quick look:
-``--outputs 32 --loads sent --repeats 1``; everything takes an hour or more on two cores.
+``--outputs 32 --loads sent --repeats 1``; everything takes an hour or more on two cores. ``--sides``
+leaves out what is not named.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ def sides_of(coupled: Arm, cores: tuple[int, int], *, router: bool) -> dict[str,
         "DvD": Side(arm=apart),
     }
     if router:
-        for budget in BUDGETS:
-            sides[f"DvD + router, {budget}"] = Side(arm=apart, budget=budget)
+        for arm, name in ((apart, "DvD"), (coupled, "coupled")):
+            for budget in BUDGETS:
+                sides[f"{name} + router, {budget}"] = Side(arm=arm, budget=budget)
     return sides
 
 
@@ -177,16 +179,23 @@ def prove(cores: tuple[int, int], *, router: bool) -> None:
     print("all servers give the same answers")
 
 
-def sweep(bench: Bench, cores: tuple[int, int]) -> tuple[Arm, dict[str, float]]:
-    """The coupled server at its best settings, and the requests a second of each."""
+def sweep(bench: Bench, cores: tuple[int, int], new_tokens: int) -> tuple[Arm, dict[str, float]]:
+    """The coupled server at its best settings, and the requests a second of each.
+
+    Args:
+        bench: Asks.
+        cores: Of the machine.
+        new_tokens: Of the answers.
+    """
     found: dict[str, float] = {}
     best: tuple[float, Arm] | None = None
     for threads in (1, 2):
         for weights in ("stored", "packed"):
             arm = Arm(kind="coupled", cores=cores, threads=threads, weights=weights)
-            rate = bench.capacity(Side(arm=arm), 896, 32)
-            found[f"{threads} threads a half, weights {weights}"] = rate
-            print(f"coupled, {threads} threads a half, weights {weights}: {rate:.3f} requests/s")
+            rate = bench.capacity(Side(arm=arm), 896, new_tokens)
+            setting = f"{threads} threads a half, weights {weights}"
+            found[f"{new_tokens} tokens, {setting}"] = rate
+            print(f"coupled, {new_tokens} tokens, {setting}: {rate:.3f} requests/s", flush=True)
             if best is None or rate > best[0]:
                 best = rate, arm
     assert best is not None
@@ -194,12 +203,18 @@ def sweep(bench: Bench, cores: tuple[int, int]) -> tuple[Arm, dict[str, float]]:
 
 
 def measure(
-    bench: Bench, sides: dict[str, Side], arguments: argparse.Namespace
+    bench: Bench, all_sides: dict[int, dict[str, Side]], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """All rows, round by round; within one, the coupled server's first."""
+    """All rows, round by round; within one, the coupled server's first.
+
+    Args:
+        bench: Asks.
+        all_sides: What is compared, by number of tokens.
+        arguments: Of the program.
+    """
     rows: list[dict[str, Any]] = []
-    order = ["coupled", *(name for name in sides if name != "coupled")]
-    for new_tokens in arguments.outputs:
+    for new_tokens, sides in all_sides.items():
+        order = ["coupled", *(name for name in sides if name != "coupled")]
         sent = 1.3 * bench.capacity(sides["coupled"], 448, new_tokens)
         for number in range(arguments.repeats):
             for resolution in arguments.resolutions:
@@ -233,6 +248,7 @@ def measured(
         bench.warm(served.address, side, resolution)
         for load, rate in loads.items():
             found = bench.ask(served.address, side, resolution, new_tokens, rate)
+            about["threads"] = side.arm.threads
             rows.append({**about, "load": load, "rate": rate, **asdict(found)})
     return rows
 
@@ -268,7 +284,11 @@ def compare(rows: list[dict[str, Any]], planned: Planned, bench: Bench) -> list[
                 base != "transformers" or row["side"] == "transformers"
             ):
                 continue
+            if kind == "vision core added" and not row["side"].startswith("DvD"):
+                continue
             mine, theirs = same(rows, row, row["side"]), same(rows, row, base)
+            if not theirs:
+                continue
             each = [
                 a["requests_per_s"] / b["requests_per_s"] for a, b in zip(mine, theirs, strict=True)
             ]
@@ -280,7 +300,7 @@ def compare(rows: list[dict[str, Any]], planned: Planned, bench: Bench) -> list[
                 "ratio": np.quantile(each, (0.25, 0.5, 0.75)).tolist(),
                 "planned": planned.ratio(row, theirs[0]),
                 "bound": bound(bench.made.config, bench.px(row["px"]), row),
-                "table_18": reported(row["side"], row["px"]),
+                "table_18": reported(row["side"], row["px"]) if base != "transformers" else None,
             }
             ratios.append(ratio)
             low, middle, high = ratio["ratio"]
@@ -318,10 +338,15 @@ def bench_all(arguments: argparse.Namespace) -> dict[str, Any]:
         made = write_checkpoints(Path(folder), tiny=arguments.tiny)
         bench = Bench(made, number=arguments.requests)
         core = measured_here(cores[1], tiny=arguments.tiny)
-        best, settings = sweep(bench, cores)
-        sides = sides_of(best, cores, router=arguments.router)
+        sides, settings = {}, {}
+        for new_tokens in arguments.outputs:
+            best, found = sweep(bench, cores, new_tokens)
+            known = sides_of(best, cores, router=arguments.router)
+            wanted = {"coupled", *(arguments.sides or known)}
+            sides[new_tokens] = {name: known[name] for name in known if name in wanted}
+            settings |= found
         rows = measure(bench, sides, arguments)
-        planned = Planned.fitted(made.config, core, rows, bench, best.threads)
+        planned = Planned.fitted(made.config, core, rows, bench)
         return {
             "tiny": arguments.tiny,
             "core": asdict(core),
@@ -337,7 +362,11 @@ def soak_all(arguments: argparse.Namespace) -> dict[str, Any]:
     cores = (arguments.cores[0], arguments.cores[1])
     result: dict[str, Any] = {}
     for kind in ("coupled", "decoupled"):
-        arm = Arm(kind="coupled" if kind == "coupled" else "decoupled", cores=cores)
+        arm = Arm(
+            kind="coupled" if kind == "coupled" else "decoupled",
+            cores=cores,
+            cache_bytes=arguments.cache_mib * 2**20,
+        )
         with running(arm, find("micro"), batch_invariant=True) as served:
             found = soak(served, clients=arguments.clients, seconds=60 * arguments.soak)
         print(f"{kind}: {told(found)}", flush=True)
@@ -355,9 +384,16 @@ def main() -> None:
     parser.add_argument("--resolutions", type=int, nargs="+", default=RESOLUTIONS)
     parser.add_argument("--outputs", type=int, nargs="+", default=(32, 256))
     parser.add_argument("--cores", type=int, nargs=2, default=(0, 1))
+    parser.add_argument("--sides", nargs="+", help="servers to compare; coupled is always there")
     parser.add_argument("--no-router", dest="router", action="store_false")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="the load test instead")
     parser.add_argument("--clients", type=int, default=200, help="of the load test")
+    parser.add_argument(
+        "--cache-mib",
+        type=int,
+        default=128,
+        help="keys and values in the load test: few, so that they are full soon",
+    )
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that it works")
     parser.add_argument("--out", type=Path, help="write the JSON document here too")
     arguments = parser.parse_args()

@@ -35,12 +35,14 @@ class Arm:
         cores: Of the whole server; of a decoupled one, the vision half's and the language half's.
         threads: Of each half.
         weights: How the language half holds its weights.
+        cache_bytes: For its keys and values; None for what the program takes.
     """
 
     kind: Kind
     cores: tuple[int, ...]
     threads: int = 1
     weights: str = "stored"
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,8 @@ def running(arm: Arm, checkpoint: Path, *, batch_invariant: bool = False) -> Ite
 
 
 def _computing(arm: Arm) -> list[str]:
-    return ["--threads", str(arm.threads), "--weights", arm.weights]
+    words = ["--threads", str(arm.threads), "--weights", arm.weights]
+    return words if arm.cache_bytes is None else [*words, "--cache-bytes", str(arm.cache_bytes)]
 
 
 def _members(arm: Arm, serve: Sequence[str], folder: str) -> list[tuple[list[str], int]]:

@@ -106,7 +106,6 @@ class Planned:
         counts: Of the model.
         config: The same as a shape.
         core: What one does at most.
-        threads: Of each half of the coupled server.
         share: Of the core's operations a second that is reached.
         pictures: How large they are.
     """
@@ -114,7 +113,6 @@ class Planned:
     counts: Counts
     config: CascadeVLConfig
     core: Hardware
-    threads: int
     share: float
     pictures: Pictures
 
@@ -125,7 +123,6 @@ class Planned:
         core: Hardware,
         rows: list[dict[str, Any]],
         pictures: Pictures,
-        threads: int,
     ) -> Planned:
         """Find the share on the first coupled row; nothing else is fitted.
 
@@ -134,7 +131,6 @@ class Planned:
             core: What one core does at most.
             rows: Measured.
             pictures: How large they are.
-            threads: Of each half of the coupled server.
         """
         base = next(row for row in rows if (row["side"], row["load"]) == ("coupled", "sent"))
         low, high = 0.0, 1.0
@@ -144,7 +140,6 @@ class Planned:
                 counts=count(config),
                 config=config,
                 core=core,
-                threads=threads,
                 share=middle,
                 pictures=pictures,
             )
@@ -160,8 +155,9 @@ class Planned:
         question = self._question(row)
         # Two halves with a thread each work side by side, as two servers do; with two threads
         # each they take turns on both cores.
-        is_apart = side.startswith("DvD") or (side == "coupled" and self.threads == 1)
-        group = 2 if side == "coupled" and self.threads == 2 else 1
+        on_both = side.startswith("coupled") and side != "coupled, one core"
+        is_apart = side.startswith("DvD") or (on_both and row["threads"] == 1)
+        group = 2 if on_both and row["threads"] == 2 else 1
         service = self._site(group).service(self.counts, question, coupled=not is_apart)
         load = Load(rate=float(row["rate"]), num_requests=self.pictures.number, seed=None)
         layout = Layout(vision=1 if is_apart else 0)

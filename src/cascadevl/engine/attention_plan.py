@@ -22,7 +22,7 @@ _MOST_SCORES = 2**21
 _MOST_GATHERED = 2**15
 """Keys copied at once, for the same reason."""
 
-_READ_IN_PLACE = 512
+READ_IN_PLACE = 512
 """From so many keys on, reading in place pays a call of its own."""
 
 _MOST_PADDING = 1.25
@@ -103,6 +103,7 @@ def attention_plan(
     *,
     window: int | None = None,
     alone: bool = False,
+    apart_from: int | None = READ_IN_PLACE,
 ) -> AttentionPlan:
     """Cut a step into blocks.
 
@@ -114,6 +115,8 @@ def attention_plan(
         num_heads: Query heads.
         window: How many tokens back a token sees, itself included; None for all.
         alone: Give every job blocks of its own, so that how it is computed depends on it alone.
+        apart_from: Keys from which on a job has a block of its own anyway, read in place if it can
+            be; None for never.
     """
     skipped = np.zeros(len(spans), dtype=np.int64)  # first pages that are no part of `own`
     shared: list[Block] = []
@@ -125,8 +128,9 @@ def attention_plan(
             skipped[list(group.members)] = group.num_pages
             shared += _shared_blocks(spans, group, page_tokens, num_heads)
     own: list[Block] = []
-    least = 0 if len(spans) == 1 else _READ_IN_PLACE
-    for batch in _batches(spans, skipped, page_tokens, num_heads, alone=alone):
+    least = 0 if len(spans) == 1 else READ_IN_PLACE
+    limit = _MOST_GATHERED if apart_from is None else apart_from
+    for batch in _batches(spans, skipped, page_tokens, num_heads, apart_from=0 if alone else limit):
         in_place = None if alone else least
         own += _own_blocks(batch, page_tokens, num_heads, window, in_place=in_place)
     return AttentionPlan(_merged(shared, page_tokens, num_heads), tuple(own))
@@ -162,7 +166,7 @@ def _shared_blocks(
             queries=queries[None],
             is_query=None,
             pages=pages[None],
-            first_slot=_first_slot(pages, page_tokens, _READ_IN_PLACE),
+            first_slot=_first_slot(pages, page_tokens, READ_IN_PLACE),
             low=np.zeros((1, len(queries)), dtype=np.int64),
             high=np.full((1, len(queries)), num_keys),
         )
@@ -212,15 +216,12 @@ def _batches(
     page_tokens: int,
     num_heads: int,
     *,
-    alone: bool,
+    apart_from: int,
 ) -> Iterator[list[_Rectangle]]:
-    """Rectangles of similar shape together."""
+    """Rectangles of similar shape together, those with so many keys apart."""
     rectangles = [
         _Rectangle(span, first) for span, first in zip(spans, skipped.tolist(), strict=True)
     ]
-    if alone:
-        yield from ([each] for each in rectangles)
-        return
     sizes = [(each.num_queries, each.num_pages(page_tokens)) for each in rectangles]
     batch: list[_Rectangle] = []
     least = (0, 0)
@@ -232,7 +233,7 @@ def _batches(
             and pages <= max(least[1] * _MOST_PADDING, least[1] + 1)
             and count * queries * keys * num_heads <= _MOST_SCORES
             and count * keys <= _MOST_GATHERED
-            and keys < _READ_IN_PLACE
+            and keys < apart_from
         )
         if batch and not fits:
             yield batch

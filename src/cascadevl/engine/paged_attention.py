@@ -18,11 +18,17 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from cascadevl.engine.attention_plan import AttentionPlan, Block
+from cascadevl.engine.attention_plan import READ_IN_PLACE, AttentionPlan, Block
 
 
 class KeyValueStore:
-    """Keys and values of all pages in all layers."""
+    """Keys and values of all pages in all layers.
+
+    Attributes:
+        page_tokens: Tokens a page holds.
+        apart_from: See `attention_plan`: of types narrower than float32 torch multiplies a batch
+            that was gathered faster than one matrix after the other (decision 13).
+    """
 
     def __init__(
         self,
@@ -37,6 +43,7 @@ class KeyValueStore:
     ) -> None:
         """Reserve the memory; it is taken as pages are written."""
         self.page_tokens = page_tokens
+        self.apart_from = None if _is_narrow(dtype) else READ_IN_PLACE
         shape = (num_kv_heads, num_pages * page_tokens, head_dim)
 
         # Zeros, because what was never written is masked, but 0 times a NaN would still be one.
@@ -200,6 +207,10 @@ def _untouched_zeros(
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+def _is_narrow(dtype: torch.dtype) -> bool:
+    return dtype.itemsize < torch.float32.itemsize
+
+
 def _attend_block(
     block: _Ready,
     query: Float[Tensor, "kv groups tokens dim"],
@@ -215,9 +226,7 @@ def _attend_block(
     if not block.in_order or len(block.queries) < query.shape[2]:
         chosen = query.index_select(2, block.queries)
     chosen = chosen.view(num_kv, num_groups, rectangles, num_queries, dim).transpose(1, 2)
-    scores = (
-        chosen.reshape(len(keys), -1, dim) @ keys.mT
-    )  # (kv * rectangles, groups * queries, keys)
+    scores = _products(chosen.reshape(len(keys), -1, dim), keys)
     if block.hidden is not None:
         shape = (num_kv, rectangles, num_groups, num_queries, -1)
         last = scores.view(shape)[..., -block.hidden.shape[-1] :]
@@ -233,6 +242,23 @@ def _attend_block(
         weights = torch.softmax(scores, -1)  # computed in float32, also where it is not stored so
     found = (weights @ values).view(num_kv, rectangles, num_groups, num_queries, dim)
     return found.transpose(1, 2).flatten(2, 3), sums
+
+
+def _products(
+    query: Float[Tensor, "all rows dim"], keys: Float[Tensor, "all keys dim"]
+) -> Float[Tensor, "all rows keys"]:
+    """Scores of every row and key.
+
+    On a CPU torch's batched product of a narrow type first copies keys that are read in place, all
+    of them for a few rows: there each matrix is multiplied by itself.
+    """
+    is_dense = keys.stride(0) == keys.shape[1] * keys.shape[2]
+    if is_dense or keys.device.type != "cpu" or not _is_narrow(keys.dtype):
+        return query @ keys.mT
+    scores = query.new_empty(len(query), query.shape[1], keys.shape[1])
+    for each, rows, matrix in zip(scores, query, keys, strict=True):
+        torch.mm(rows, matrix.T, out=each)
+    return scores
 
 
 def _merge(

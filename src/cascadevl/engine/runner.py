@@ -29,6 +29,11 @@ _FIXED_DECODES = 16
 """Tokens decoded at once where each is to be computed with the same operations always."""
 
 
+_WORTH_SHARING = 4096
+"""Tokens whose keys need not be read again, from which on attending to them apart pays: a common
+system prompt alone is read faster by each answer for itself."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Inputs:
     """The row of tokens of a forward pass."""
@@ -137,7 +142,12 @@ class Runner:
         groups = self._groups_of(jobs, inputs.spans, table, changes)
         plans = {
             window: attention_plan(
-                inputs.spans, groups, self.page_tokens, self.num_heads, window=window
+                inputs.spans,
+                groups,
+                self.page_tokens,
+                self.num_heads,
+                window=window,
+                apart_from=self.store.apart_from,
             )
             for window in self.windows
         }
@@ -157,7 +167,8 @@ class Runner:
             lanes = [job.lane for job in jobs]
             usable = [span.start // self.page_tokens for span in spans]
             width = max(usable, default=0)
-            self._groups = (label, shared_beginnings(table[lanes, :width], usable))
+            least = _WORTH_SHARING // self.page_tokens
+            self._groups = (label, shared_beginnings(table[lanes, :width], usable, least=least))
         return self._groups[1]
 
     def _run_apart(

@@ -1,7 +1,7 @@
 """Which jobs begin with the same pages, so that attention to those is computed for all at once.
 
 A job attends to its pages in two parts that are merged: those it shares with a group, and the rest.
-Groups are chosen so that the most reading is saved.
+Groups are chosen so that the most reading is saved; little is not worth the merging.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Group:
 
 
 def shared_beginnings(
-    table: Int[np.ndarray, "jobs pages"], num_pages: Sequence[int]
+    table: Int[np.ndarray, "jobs pages"], num_pages: Sequence[int], *, least: int = 1
 ) -> tuple[Group, ...]:
     """Groups of at least two jobs; a job is in at most one.
 
@@ -42,8 +42,10 @@ def shared_beginnings(
     Args:
         table: The pages of every job.
         num_pages: How many of them may be shared: all that hold no token still to be computed.
+        least: Pages that all groups together must save; none are given if they save fewer.
     """
-    return tuple(_best(table, np.asarray(num_pages), np.arange(len(table)), 0))
+    groups = _best(table, np.asarray(num_pages), np.arange(len(table)), 0)
+    return tuple(groups) if sum(group.saved for group in groups) >= least else ()
 
 
 def _best(
