@@ -15,12 +15,13 @@ server. All of them are set beside the plain transformers server, too.
 
 Equal answers are proven first, on a small model in float32: all servers say the same. Beside each
 ratio stand table 18's, the bound from counted operations, and what the planner
-(docs/concepts/planner.md) says with the share of a core that it finds on the coupled row at 448 px.
+(docs/concepts/planner.md) says with three figures that it finds on the coupled rows at 448 px.
 
 The last line is one JSON document. Run: ``python benchmarks/bench_serving.py``; ``--tiny`` proves
 that it works, in minutes; ``--soak MINUTES`` is the load test (200 clients) instead. A quick look:
-``--outputs 32 --loads sent --repeats 1``; everything takes an hour or more on two cores. ``--sides``
-leaves out what is not named.
+``--outputs 32 --loads sent --repeats 1``; everything takes an hour or more on two cores.
+``--sides`` leaves out what is not named; ``--again FILES`` measures nothing, but compares what
+``--out`` wrote in several runs.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from serving_arms import Arm, running
 from serving_client import Summary, Wish, open_loop, summary
+from serving_compare import compare, errors
 from serving_model import Checkpoints, write_checkpoints
-from serving_planned import Planned, bound, measured_here, question_of
+from serving_planned import Planned, measured_here, question_of
 from serving_soak import soak, told
 
 from cascadevl.model.loading import find
-from cascadevl.planning.table18 import TABLE_18
+from cascadevl.planning.hardware import Hardware
 
 RESOLUTIONS = (448, 896, 1344)
 BUDGETS: dict[str, float | str] = {"half": 1 / 3, "compressed": "compressed"}
@@ -265,71 +266,6 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-_BASES = {
-    "same hardware": "coupled",
-    "vision core added": "coupled, one core",
-    "plain transformers": "transformers",
-}
-
-
-def compare(rows: list[dict[str, Any]], planned: Planned, bench: Bench) -> list[dict[str, Any]]:
-    """Ratios of requests a second, beside the planner's, the bound, and table 18's."""
-    ratios = []
-    for row in rows:
-        if row["round"] or row["load"] != "sent":
-            continue
-        for kind, base in _BASES.items():
-            # What is compared: decoupled servers with all, coupled ones with plain transformers.
-            if row["side"] in _BASES.values() and (
-                base != "transformers" or row["side"] == "transformers"
-            ):
-                continue
-            if kind == "vision core added" and not row["side"].startswith("DvD"):
-                continue
-            mine, theirs = same(rows, row, row["side"]), same(rows, row, base)
-            if not theirs:
-                continue
-            each = [
-                a["requests_per_s"] / b["requests_per_s"] for a, b in zip(mine, theirs, strict=True)
-            ]
-            ratio = {
-                "kind": kind,
-                "side": row["side"],
-                "px": row["px"],
-                "output": row["output"],
-                "ratio": np.quantile(each, (0.25, 0.5, 0.75)).tolist(),
-                "planned": planned.ratio(row, theirs[0]),
-                "bound": bound(bench.made.config, bench.px(row["px"]), row),
-                "table_18": reported(row["side"], row["px"]) if base != "transformers" else None,
-            }
-            ratios.append(ratio)
-            low, middle, high = ratio["ratio"]
-            paper = "" if ratio["table_18"] is None else f", table 18 {ratio['table_18']:.2f}x"
-            print(
-                f"{kind}, {row['px']} px, {row['output']} tokens: {row['side']} {middle:.2f}x "
-                f"(quartiles {low:.2f}-{high:.2f}, {len(each)} rounds); planned "
-                f"{ratio['planned']:.2f}x, operations saved {ratio['bound']:.2f}x{paper}"
-            )
-    return ratios
-
-
-def same(rows: list[dict[str, Any]], row: dict[str, Any], side: str) -> list[dict[str, Any]]:
-    """What a server did under the load of a row, in all rounds."""
-    keys = ("px", "output", "load")
-    return [each for each in rows if each["side"] == side and all(each[k] == row[k] for k in keys)]
-
-
-def reported(side: str, resolution: int) -> float | None:
-    """The ratio of table 18, for the 38B."""
-    setting = {"DvD": "DvD", "DvD + router, half": "DvD + ViR"}.get(side)
-    values = {
-        row.setting: row.requests_per_s
-        for row in TABLE_18
-        if (row.model, row.resolution_px) == ("InternVL3.5-38B", resolution)
-    }
-    return None if setting is None else values[setting] / values["Baseline"]
-
-
 def bench_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prove, sweep, measure, compare."""
     cores = (arguments.cores[0], arguments.cores[1])
@@ -342,19 +278,37 @@ def bench_all(arguments: argparse.Namespace) -> dict[str, Any]:
         for new_tokens in arguments.outputs:
             best, found = sweep(bench, cores, new_tokens)
             known = sides_of(best, cores, router=arguments.router)
-            wanted = {"coupled", *(arguments.sides or known)}
+            wanted = {"coupled", "coupled, one core", *(arguments.sides or known)}
             sides[new_tokens] = {name: known[name] for name in known if name in wanted}
             settings |= found
         rows = measure(bench, sides, arguments)
-        planned = Planned.fitted(made.config, core, rows, bench)
-        return {
-            "tiny": arguments.tiny,
-            "core": asdict(core),
-            "sweep": settings,
-            "rows": rows,
-            "share": planned.share,
-            "ratios": compare(rows, planned, bench),
-        }
+    return compared(
+        {"tiny": arguments.tiny, "core": asdict(core), "sweep": settings, "rows": rows}, bench
+    )
+
+
+def compared(measured: dict[str, Any], bench: Bench) -> dict[str, Any]:
+    """What was measured, with its ratios and what the planner says to it."""
+    core, rows = Hardware(**measured["core"]), measured["rows"]
+    planned = Planned.fitted(bench.made.config, core, rows, bench)
+    print(
+        f"the planner finds {planned.share:.0%} of a core's operations, {planned.memory:.0%} of "
+        f"its bytes, and two threads {planned.gain:.2f} times as fast as one"
+    )
+    return measured | {
+        "fit": {name: getattr(planned, name) for name in ("share", "memory", "gain")},
+        "errors": errors(rows, planned),
+        "ratios": compare(rows, planned),
+    }
+
+
+def compare_again(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The rows of several documents together."""
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.again]
+    together = documents[0] | {"rows": [row for each in documents for row in each["rows"]]}
+    with TemporaryDirectory(prefix="bench-serving-") as folder:
+        made = write_checkpoints(Path(folder), tiny=together["tiny"])
+    return compared(together, Bench(made, number=arguments.requests))
 
 
 def soak_all(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -384,7 +338,10 @@ def main() -> None:
     parser.add_argument("--resolutions", type=int, nargs="+", default=RESOLUTIONS)
     parser.add_argument("--outputs", type=int, nargs="+", default=(32, 256))
     parser.add_argument("--cores", type=int, nargs=2, default=(0, 1))
-    parser.add_argument("--sides", nargs="+", help="servers to compare; coupled is always there")
+    parser.add_argument("--again", type=Path, nargs="+", help="documents to compare, instead")
+    parser.add_argument(
+        "--sides", nargs="+", help="servers to compare; coupled ones are always there"
+    )
     parser.add_argument("--no-router", dest="router", action="store_false")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="the load test instead")
     parser.add_argument("--clients", type=int, default=200, help="of the load test")
@@ -398,7 +355,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON document here too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    document = bench_all(arguments) if arguments.soak is None else soak_all(arguments)
+    if arguments.again:
+        document = compare_again(arguments)
+    else:
+        document = bench_all(arguments) if arguments.soak is None else soak_all(arguments)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(document))

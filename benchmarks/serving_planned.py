@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -14,8 +14,7 @@ from cascadevl.data.tiling import TilingConfig, num_tiles_of
 from cascadevl.model.configuration import CascadeVLConfig
 from cascadevl.planning.counts import Counts, count
 from cascadevl.planning.hardware import Hardware, measured_core
-from cascadevl.planning.plan import Site
-from cascadevl.planning.service import Question, Step
+from cascadevl.planning.service import ModelService, Question, Step
 from cascadevl.planning.simulation import Layout, Load, simulate
 
 _TEXT_TOKENS = 64
@@ -100,21 +99,26 @@ def bound(config: CascadeVLConfig, px: int, row: dict[str, Any]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """The planner, with the share of a core's operations that was found here.
+    """The planner, with three figures that were found here.
 
     Attributes:
         counts: Of the model.
         config: The same as a shape.
         core: What one does at most.
+        pictures: How large they are, and how many are sent.
         share: Of the core's operations a second that is reached.
-        pictures: How large they are.
+        memory: Of its bytes a second.
+        gain: How many cores two threads that compute one product together are worth; they read
+            no faster than one.
     """
 
     counts: Counts
     config: CascadeVLConfig
     core: Hardware
-    share: float
     pictures: Pictures
+    share: float = 0.5
+    memory: float = 1.0
+    gain: float = 1.5
 
     @classmethod
     def fitted(
@@ -124,41 +128,58 @@ class Planned:
         rows: list[dict[str, Any]],
         pictures: Pictures,
     ) -> Planned:
-        """Find the share on the first coupled row; nothing else is fitted.
+        """Find the figures on coupled rows at the lowest resolution: one each.
+
+        The operations on one core with the shortest answers, the bytes there with the longest (if
+        there are several lengths), two threads with the shortest. Each row depends on its figure
+        most, so they are found in turn.
 
         Args:
             config: The shape.
             core: What one core does at most.
             rows: Measured.
-            pictures: How large they are.
+            pictures: How large they are, and how many are sent.
         """
-        base = next(row for row in rows if (row["side"], row["load"]) == ("coupled", "sent"))
-        low, high = 0.0, 1.0
-        for _ in range(20):
+        sent = sorted(
+            (row for row in rows if row["load"] == "sent"),
+            key=lambda row: (row["px"], row["output"]),
+        )
+        low = [row for row in sent if row["px"] == sent[0]["px"]]
+        single = [row for row in low if row["side"] == "coupled, one core"]
+        both = [row for row in low if row["side"] == "coupled"]
+        found = cls(counts=count(config), config=config, core=core, pictures=pictures)
+        for _ in range(5):
+            found = found._with("share", single[0], rows, 1.0)
+            if single[-1]["output"] > single[0]["output"]:
+                found = found._with("memory", single[-1], rows, 1.0)
+            if both[0]["threads"] == 2:
+                found = found._with("gain", both[0], rows, 2.0)
+        return found
+
+    def _with(
+        self, name: str, row: dict[str, Any], rows: list[dict[str, Any]], most: float
+    ) -> Self:
+        """The figure of a name set so that the planner is right about a row's mean."""
+        keys = ("side", "px", "output", "load")
+        each = [a["requests_per_s"] for a in rows if all(a[key] == row[key] for key in keys)]
+        measured, low, high = sum(each) / len(each), 0.0, most
+        for _ in range(14):
             middle = (low + high) / 2
-            said = cls(
-                counts=count(config),
-                config=config,
-                core=core,
-                share=middle,
-                pictures=pictures,
-            )
-            is_high = said.requests_per_s(base) > base["requests_per_s"]
-            low, high = (low, middle) if is_high else (middle, high)
-        return replace(said, share=(low + high) / 2)
+            said = replace(self, **{name: middle}).requests_per_s(row)
+            low, high = (low, middle) if said > measured else (middle, high)
+        return replace(self, **{name: high})
 
     def requests_per_s(self, row: dict[str, Any]) -> float:
-        """What the planner says to a row; infinite for a server that it does not know."""
+        """What the planner says to a row."""
         side = str(row["side"])
         if side == "transformers":
             return self._alone(row)
-        question = self._question(row)
         # Two halves with a thread each work side by side, as two servers do; with two threads
         # each they take turns on both cores.
         on_both = side.startswith("coupled") and side != "coupled, one core"
         is_apart = side.startswith("DvD") or (on_both and row["threads"] == 1)
-        group = 2 if on_both and row["threads"] == 2 else 1
-        service = self._site(group).service(self.counts, question, coupled=not is_apart)
+        question = self._question(row)
+        service = self._service(question, threads=2 if on_both and not is_apart else 1)
         load = Load(rate=float(row["rate"]), num_requests=self.pictures.number, seed=None)
         layout = Layout(vision=1 if is_apart else 0)
         return simulate(service, question.ask(self.counts), layout, load).requests_per_s
@@ -171,20 +192,21 @@ class Planned:
         px, new_tokens = self.pictures.px(int(row["px"])), int(row["output"])
         return question_of(self.config, px, new_tokens, share_of(row))
 
-    def _site(self, group: int) -> Site:
-        return Site(
-            hardware=self.core,
-            processors=2,
-            group=group,
+    def _service(self, question: Question, *, threads: int) -> ModelService:
+        flops = self.core.flops_per_s * (self.gain if threads == 2 else 1.0)
+        return ModelService(
+            counts=self.counts,
+            question=question,
+            hardware=replace(self.core, flops_per_s=flops),
             compute_share=self.share,
-            memory_share=1.0,
+            memory_share=self.memory,
             link_bytes_per_s=1e9,
         )
 
     def _alone(self, row: dict[str, Any]) -> float:
         """One request after the other on both cores: its tiles, its prompt, token after token."""
         question = self._question(row)
-        service = self._site(2).service(self.counts, question, coupled=True)
+        service = self._service(question, threads=2)
         ask = question.ask(self.counts)
         pairs = ask.prompt_tokens * (ask.prompt_tokens + 1) // 2
         seconds = service.encode_s(ask.tiles) + service.step_s(

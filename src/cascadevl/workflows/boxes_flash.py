@@ -9,7 +9,7 @@ model is left beside the other one, which keeps all its tokens.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from cascadevl.train.loop import RunConfig
 from cascadevl.train.optim import OptimConfig
 from cascadevl.train.router import router
 from cascadevl.train.router_config import RouterConfig, RouterSection
+from cascadevl.train.run import TrainResult
 from cascadevl.train.vico import ViCOConfig, ViCOSection, vico
 from cascadevl.workflows import boxes
 from cascadevl.workflows.cascade_config import CascadeConfig
@@ -83,26 +84,14 @@ def compress(demo: Demonstration, model: Path, *, steps_scale: float) -> Path | 
         return None
     config = cascade_config(demo.out, model=str(model), steps_scale=steps_scale)
     sources, console = boxes.sources(BOXES_SHARE), demo.console
-
-    # Their losses are other quantities than those of the lesson, so they are not drawn with it.
     place = Place(model=str(model), reference=str(model))
     first = placed_vico(config, place)
-    trained = train(
-        demo,
-        "vico",
-        first.run.num_steps,
-        lambda _: vico(first, sources=sources, console=console),
-        folder=first.run.out,
-        plots_loss=False,
+    trained = _trained(
+        demo, "vico", first.run, lambda: vico(first, sources=sources, console=console)
     )
     second = placed_router(config, replace(place, model=str(trained)))
-    trained = train(
-        demo,
-        "router",
-        second.run.num_steps,
-        lambda _: router(second, sources=sources, console=console),
-        folder=second.run.out,
-        plots_loss=False,
+    trained = _trained(
+        demo, "router", second.run, lambda: router(second, sources=sources, console=console)
     )
     flash = demo.out / MODEL
     shutil.copytree(trained, flash, dirs_exist_ok=True)
@@ -121,6 +110,13 @@ def compress(demo: Demonstration, model: Path, *, steps_scale: float) -> Path | 
     write_report(_report(asked, routed, threshold, chat_commands(flash, pictures)), page)
     console.print(f"{demo.facts['visual tokens']}: {page}", highlight=False, soft_wrap=True)
     return page
+
+
+def _trained(
+    demo: Demonstration, stage: str, run: RunConfig, recipe: Callable[[], TrainResult]
+) -> Path:
+    """A stage; its loss is another quantity than those of the lesson, so it is not drawn."""
+    return train(demo, stage, run.num_steps, lambda _: recipe(), folder=run.out, plots_loss=False)
 
 
 def tokens_left(routed: Sequence[RoutedAnswer]) -> str:
