@@ -21,7 +21,7 @@ The last line is one JSON document. Run: ``python benchmarks/bench_serving.py``;
 that it works, in minutes; ``--soak MINUTES`` is the load test (200 clients) instead. A quick look:
 ``--outputs 32 --loads sent --repeats 1``; everything takes an hour or more on two cores.
 ``--sides`` leaves out what is not named; ``--again FILES`` measures nothing, but compares what
-``--out`` wrote in several runs.
+``--out`` wrote in several runs. The tables are those of RESULTS.md.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from serving_compare import compare, errors
 from serving_model import Checkpoints, write_checkpoints
 from serving_planned import Planned, measured_here, question_of
 from serving_soak import soak, told
+from serving_tables import tables
 
 from cascadevl.model.loading import find
 from cascadevl.planning.hardware import Hardware
@@ -295,11 +296,13 @@ def compared(measured: dict[str, Any], bench: Bench) -> dict[str, Any]:
         f"the planner finds {planned.share:.0%} of a core's operations, {planned.memory:.0%} of "
         f"its bytes, and two threads {planned.gain:.2f} times as fast as one"
     )
-    return measured | {
+    document = measured | {
         "fit": {name: getattr(planned, name) for name in ("share", "memory", "gain")},
         "errors": errors(rows, planned),
         "ratios": compare(rows, planned),
     }
+    print(tables(document))
+    return document
 
 
 def compare_again(arguments: argparse.Namespace) -> dict[str, Any]:
