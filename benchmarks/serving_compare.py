@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from serving_planned import Planned, bound
+from serving_planned import Planned, bound, same
 
 from cascadevl.planning.table18 import TABLE_18
 
@@ -24,9 +24,7 @@ def compare(rows: list[dict[str, Any]], planned: Planned) -> list[dict[str, Any]
         planned: The planner, fitted.
     """
     ratios = []
-    for row in rows:
-        if row["round"] or row["load"] != "sent":
-            continue
+    for row in _cases(rows):
         for kind, base in _BASES.items():
             theirs = same(rows, row, base)
             if theirs and _is_compared(kind, row["side"]):
@@ -43,9 +41,7 @@ def errors(rows: list[dict[str, Any]], planned: Planned) -> list[dict[str, Any]]
         planned: The planner, fitted.
     """
     found = []
-    for row in rows:
-        if row["round"] or row["load"] != "sent":
-            continue
+    for row in _cases(rows):
         measured = float(np.mean([each["requests_per_s"] for each in same(rows, row, row["side"])]))
         said = planned.requests_per_s(row)
         found.append(
@@ -59,10 +55,9 @@ def errors(rows: list[dict[str, Any]], planned: Planned) -> list[dict[str, Any]]
     return found
 
 
-def same(rows: list[dict[str, Any]], row: dict[str, Any], side: str) -> list[dict[str, Any]]:
-    """What a server did under the load of a row, in all rounds."""
-    keys = ("px", "output", "load")
-    return [each for each in rows if each["side"] == side and all(each[k] == row[k] for k in keys)]
+def _cases(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row of each server, size and length, under the load that is more than it can do."""
+    return [row for row in rows if row["round"] == 0 and row["load"] == "sent"]
 
 
 def _is_compared(kind: str, side: str) -> bool:

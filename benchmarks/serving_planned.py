@@ -67,6 +67,12 @@ def question_of(
     )
 
 
+def same(rows: list[dict[str, Any]], row: dict[str, Any], side: str) -> list[dict[str, Any]]:
+    """What a server did under the load of a row, in all rounds."""
+    keys = ("px", "output", "load")
+    return [each for each in rows if each["side"] == side and all(each[k] == row[k] for k in keys)]
+
+
 def share_of(row: dict[str, Any]) -> float | None:
     """Share of tiles that a row's router compressed; None without a router."""
     return float(row["compressed_share"]) if "router" in str(row["side"]) else None
@@ -160,8 +166,7 @@ class Planned:
         self, name: str, row: dict[str, Any], rows: list[dict[str, Any]], most: float
     ) -> Self:
         """The figure of a name set so that the planner is right about a row's mean."""
-        keys = ("side", "px", "output", "load")
-        each = [a["requests_per_s"] for a in rows if all(a[key] == row[key] for key in keys)]
+        each = [found["requests_per_s"] for found in same(rows, row, row["side"])]
         measured, low, high = sum(each) / len(each), 0.0, most
         for _ in range(14):
             middle = (low + high) / 2

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from tests.eval.page import Page
+from tests.workflows.small_demo import small_demo
 from tests.workflows.small_nano import save_small
 
 from cascadevl.data.tiling import tile_image
@@ -22,7 +23,7 @@ from cascadevl.model.flash import add_flash
 from cascadevl.model.loading import load, save
 from cascadevl.tasks.naming import task_named
 from cascadevl.workflows import boxes, boxes_flash, demonstration
-from cascadevl.workflows.demonstration import Demonstration, begin, examine
+from cascadevl.workflows.demonstration import Demonstration, examine
 
 SCALE = 0.02
 ROWS = [
@@ -39,15 +40,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_of(model: Path, out: Path) -> Demonstration:
     """A demo that has come to the end of its lesson."""
     loaded, processor = load(model, dtype=torch.bfloat16)
-    demo = Demonstration(
-        out=out,
-        rows=ROWS,
-        curve_rows=ROWS,
-        answer_tokens=4,
-        processor=processor,
-        course=begin(out, Console(quiet=True)),
-        console=Console(file=io.StringIO(), width=80),
-    )
+    demo = small_demo(out, processor, ROWS, Console(file=io.StringIO(), width=80))
     examine(demo, "GSPO", loaded)
     return demo
 

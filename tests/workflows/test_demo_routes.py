@@ -10,7 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 from tests.eval.page import Page
-from tests.train.small_run import QUIET, tokenizer
+from tests.train.small_run import tokenizer
+from tests.workflows.small_demo import small_demo
 
 from cascadevl.data.tiling import tile_image
 from cascadevl.eval.report import Report, StageScores
@@ -23,7 +24,7 @@ from cascadevl.model.loading import load, save
 from cascadevl.tasks.naming import task_named
 from cascadevl.train.config import ModelConfig
 from cascadevl.train.start import from_scratch
-from cascadevl.workflows.demonstration import Demonstration, begin, finish
+from cascadevl.workflows.demonstration import finish
 
 ROWS = [SuiteRow(name="shapes", task=task_named("shapes:full", px=224), num_questions=4)]
 
@@ -49,16 +50,8 @@ def page_of(trained: Path, out: Path) -> tuple[Page, str]:
     model, processor = load(trained)
     responder = ModelResponder(model=model, processor=processor, max_new_tokens=4)
     scores = run_suite(responder, ROWS, seed=2)
-    demo = Demonstration(
-        out=out,
-        rows=ROWS,
-        curve_rows=ROWS,
-        answer_tokens=4,
-        processor=processor,
-        course=begin(out, QUIET),
-        console=Console(quiet=True),
-        stages=[StageScores(name="end", scores=scores)],
-    )
+    demo = small_demo(out, processor, ROWS, Console(quiet=True))
+    demo.stages.append(StageScores(name="end", scores=scores))
     path = finish(
         demo,
         trained,
